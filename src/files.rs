@@ -1,0 +1,148 @@
+//! Writing that leaves either the old file or the new one, and never a half: under a temporary name, synced, renamed.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use miette::Diagnostic;
+use thiserror::Error;
+
+use crate::tensor_file::describe_io;
+
+/// A file or folder that could not be written.
+#[derive(Debug, Error, Diagnostic)]
+#[error("cannot write {}: {}", path.display(), describe_io(source))]
+pub struct WriteError {
+    /// What was to be written.
+    pub path: PathBuf,
+    /// Why not.
+    pub source: io::Error,
+}
+
+/// The error of writing `path`.
+pub(crate) fn cannot_write(path: &Path) -> impl Fn(io::Error) -> WriteError {
+    let path = path.to_owned();
+    move |source| WriteError { path: path.clone(), source }
+}
+
+/// Ends the names of what is being written; a leftover of a killed run may be deleted.
+const TEMPORARY: &str = ".partial";
+
+fn temporary(path: &Path) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!("-{}{TEMPORARY}", std::process::id()));
+    path.with_file_name(name)
+}
+
+/// Writes a whole file.
+///
+/// # Errors
+/// The system's, with the path; the temporary file is removed.
+pub fn write(path: &Path, contents: &[u8]) -> Result<(), WriteError> {
+    let partial = temporary(path);
+    let written = File::create(&partial).and_then(|mut file| {
+        file.write_all(contents)?;
+        file.sync_all()
+    });
+    let renamed = written.and_then(|()| fs::rename(&partial, path));
+    if renamed.is_err() {
+        let _ = fs::remove_file(&partial);
+    }
+    renamed.map_err(cannot_write(path))?;
+    sync_parent(path);
+    Ok(())
+}
+
+/// Makes a folder out of what `fill` writes into it, all of it or none. An existing folder of that name is replaced.
+///
+/// # Errors
+/// The system's, with the path, or `fill`'s; what was written is removed.
+pub fn write_folder<E: From<WriteError>>(
+    path: &Path,
+    fill: impl FnOnce(&Path) -> Result<(), E>,
+) -> Result<(), E> {
+    let partial = temporary(path);
+    let replaced = path.with_file_name(format!(
+        "{}-old{TEMPORARY}",
+        path.file_name().unwrap_or_default().to_string_lossy()
+    ));
+    let made = (|| {
+        if partial.exists() {
+            fs::remove_dir_all(&partial).map_err(cannot_write(&partial))?;
+        }
+        fs::create_dir_all(&partial).map_err(cannot_write(path))?;
+        fill(&partial)?;
+        sync_folder(&partial).map_err(cannot_write(path))?;
+        // a folder cannot be renamed onto a full one: the old one steps aside first
+        if path.exists() {
+            let _ = fs::remove_dir_all(&replaced);
+            fs::rename(path, &replaced).map_err(cannot_write(path))?;
+        }
+        fs::rename(&partial, path).map_err(cannot_write(path))?;
+        let _ = fs::remove_dir_all(&replaced);
+        sync_parent(path);
+        Ok(())
+    })();
+    if made.is_err() {
+        let _ = fs::remove_dir_all(&partial);
+    }
+    made
+}
+
+/// Removes what a killed run left half-written in a folder.
+pub fn remove_partials(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if entry.file_name().to_string_lossy().ends_with(TEMPORARY) {
+            let _ = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        }
+    }
+}
+
+/// Syncs the files of a folder and the folder itself.
+fn sync_folder(folder: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.is_file() {
+            File::open(&path)?.sync_all()?;
+        }
+    }
+    sync_directory(folder);
+    Ok(())
+}
+
+fn sync_parent(path: &Path) {
+    if let Some(parent) = path.parent() {
+        sync_directory(parent);
+    }
+}
+
+/// Makes a rename durable. Not every system can open a directory; where it cannot, the rename is still atomic.
+fn sync_directory(directory: &Path) {
+    if let Ok(directory) = File::open(directory) {
+        let _ = directory.sync_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_folder_leaves_the_old_one_and_nothing_else() {
+        let place = tempfile::tempdir().expect("a folder");
+        let target = place.path().join("checkpoint");
+        let put = |text: &'static str| {
+            move |folder: &Path| write(&folder.join("state"), text.as_bytes())
+        };
+        write_folder(&target, put("first")).expect("written");
+        write_folder(&target, put("second")).expect("replaced");
+        let failed = write_folder(&target, |folder| {
+            write(&folder.join("state"), b"third")?;
+            Err(WriteError { path: folder.to_owned(), source: io::Error::other("no") })
+        });
+        assert!(failed.is_err());
+        assert_eq!(fs::read_to_string(target.join("state")).expect("there"), "second");
+        assert_eq!(fs::read_dir(place.path()).expect("there").count(), 1);
+    }
+}

@@ -1,0 +1,148 @@
+//! The model: a frozen decoder, loaded once, and the adapters that make a policy of it.
+//!
+//! The base with its adapters off is the reference, on the same weights: nothing is loaded twice.
+
+mod decoder;
+pub mod family;
+pub mod generate;
+pub mod packed;
+mod weights;
+
+use std::path::{Path, PathBuf};
+
+use candle_core::DType;
+use miette::Diagnostic;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+pub use decoder::{Activations, Adapter, Decoder, DecoderConfig, Forward, Keep, Module, Projection};
+pub use packed::{Packed, Packer, PromptSpan};
+pub use weights::WeightFiles;
+
+use crate::adapter::{Adapters, Gradients};
+use crate::progress::Console;
+use crate::tensor_file::TensorFileError;
+
+/// The `[model]` table of a recipe.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelConfig {
+    /// A local folder in Hugging Face layout.
+    pub source: PathBuf,
+}
+
+/// What can be wrong with a model.
+#[derive(Debug, Error, Diagnostic)]
+pub enum ModelError {
+    /// The folder is not there.
+    #[error("[model] source: there is no folder {}", .0.display())]
+    NoFolder(PathBuf, #[help] String),
+    /// A file of the model is missing, broken or describes what is not supported.
+    #[error("{}: {problem}", file.display())]
+    File {
+        /// The file or folder.
+        file: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+        /// What to do.
+        #[help]
+        help: Option<String>,
+    },
+    /// From candle.
+    #[error("while loading the model")]
+    Candle(#[from] candle_core::Error),
+}
+
+impl From<TensorFileError> for ModelError {
+    fn from(TensorFileError { file, problem, help }: TensorFileError) -> Self {
+        Self::File { file, problem, help }
+    }
+}
+
+/// Checks that a model folder is there.
+///
+/// # Errors
+/// It is not, with a guess at what was meant.
+pub fn check_folder(folder: &Path) -> Result<(), ModelError> {
+    if folder.is_dir() {
+        return Ok(());
+    }
+    let help = if folder.is_file() {
+        "source is the folder with config.json, tokenizer.json and the safetensors files, not one of them"
+    } else {
+        "source is a local folder in Hugging Face layout: config.json, tokenizer.json, *.safetensors; \
+         `hf download ORG/NAME --local-dir DIR` makes one"
+    };
+    Err(ModelError::NoFolder(folder.to_owned(), help.to_owned()))
+}
+
+/// A decoder and its adapters.
+#[derive(Debug, Clone)]
+pub struct Model {
+    decoder: Decoder,
+    adapters: Adapters,
+}
+
+impl Model {
+    /// A policy over `decoder`.
+    #[must_use]
+    pub fn new(decoder: Decoder, adapters: Adapters) -> Self {
+        Self { decoder, adapters }
+    }
+
+    /// Loads the decoder of a Hugging Face folder in f32.
+    ///
+    /// # Errors
+    /// See [`ModelError`].
+    pub fn load_decoder(folder: &Path, console: &Console) -> Result<Decoder, ModelError> {
+        check_folder(folder)?;
+        let config = family::read_config(folder)?;
+        WeightFiles::open(folder)?.decoder(config, DType::F32, console)
+    }
+
+    /// The frozen base.
+    #[must_use]
+    pub fn decoder(&self) -> &Decoder {
+        &self.decoder
+    }
+
+    /// The adapters.
+    #[must_use]
+    pub fn adapters(&self) -> &Adapters {
+        &self.adapters
+    }
+
+    /// The adapters, to replace their tensors.
+    pub fn adapters_mut(&mut self) -> &mut Adapters {
+        &mut self.adapters
+    }
+
+    pub(crate) fn switched(&self, adapter: Adapter) -> Option<&Adapters> {
+        match adapter {
+            Adapter::On => Some(&self.adapters),
+            Adapter::Off => None,
+        }
+    }
+
+    /// Scores the targets of a packed batch. See [`Decoder::forward`].
+    ///
+    /// # Errors
+    /// What candle returns.
+    pub fn forward(&self, batch: &Packed, adapter: Adapter, keep: Keep) -> candle_core::Result<Forward> {
+        self.decoder.forward(batch, self.switched(adapter), keep)
+    }
+
+    /// Adds the gradients of the adapters to `gradients`. See [`Decoder::backward`].
+    ///
+    /// # Errors
+    /// What candle returns.
+    pub fn backward(
+        &self,
+        batch: &Packed,
+        activations: Activations,
+        slopes: &[f64],
+        gradients: &mut Gradients,
+    ) -> candle_core::Result<()> {
+        self.decoder.backward(batch, &self.adapters, activations, slopes, gradients)
+    }
+}

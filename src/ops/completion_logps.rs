@@ -1,0 +1,166 @@
+//! The head: log-probabilities of given tokens, and their gradient, without ever holding `[S, V]`.
+//!
+//! A chunk of rows at a time: logits `Z = h Wᵀ`, log-sum-exp, the target's log-probability, and in the same pass
+//!
+//! ```text
+//! U = (onehot(target) − softmax(Z)) W        so that   dL/dh = g ⊙ U
+//! ```
+//!
+//! for every loss that is a function of summed log-probabilities, where `g` is one number a row (the loss's derivative
+//! with respect to the sum that the row belongs to). `g` is known only when all rows were scored; `U` is not in need
+//! of it. So the logits are computed once, not again in the backward pass.
+
+use candle_core::{D, Result, Tensor};
+
+use super::{cpu, has_kernel};
+
+/// What one scored row gave.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TokenScore {
+    /// Log-probability of the target in nats.
+    pub logp: f64,
+    /// Entropy of the distribution in nats.
+    pub entropy: f64,
+    /// Mean of the logits over the vocabulary.
+    pub mean_logit: f64,
+    /// Whether the target is the most probable token.
+    pub top1: bool,
+}
+
+/// What to compute besides the scores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Want {
+    /// Nothing: evaluation, the reference.
+    Scores,
+    /// `U`, for a backward pass.
+    Gradient,
+}
+
+/// Bytes of logits held at once. At the widest vocabularies (262,144 tokens in f32) this still gives 64 rows to one
+/// product with `W`, and at 32,000 it gives 512, where a product runs at full speed.
+const CHUNK_BYTES: usize = 64 << 20;
+
+/// Rows of logits computed at once for a vocabulary of `vocabulary` and elements of `bytes`.
+pub(crate) fn chunk_rows(vocabulary: usize, bytes: usize) -> usize {
+    (CHUNK_BYTES / (vocabulary * bytes).max(1)).clamp(16, 512)
+}
+
+/// Scores `targets [S]` at the rows of `hidden [S, D]` under the head `weight [V, D]`. `U` is `[S, D]`.
+///
+/// # Errors
+/// A target outside the vocabulary, or what candle returns for wrong shapes or types.
+pub fn score(
+    hidden: &Tensor,
+    weight: &Tensor,
+    targets: &[u32],
+    want: Want,
+) -> Result<(Vec<TokenScore>, Option<Tensor>)> {
+    let (rows, _) = hidden.dims2()?;
+    let (vocabulary, _) = weight.dims2()?;
+    if rows != targets.len() {
+        candle_core::bail!("head: {rows} rows and {} targets", targets.len())
+    }
+    if let Some(target) = targets.iter().find(|&&t| t as usize >= vocabulary) {
+        candle_core::bail!("token {target} is outside the model's vocabulary of {vocabulary}")
+    }
+    if has_kernel(hidden) {
+        return cpu::completion_logps::score(hidden, weight, targets, want);
+    }
+    let chunk = chunk_rows(vocabulary, hidden.dtype().size_in_bytes());
+    let (mut scores, mut gradients) = (Vec::with_capacity(rows), Vec::new());
+    for (i, targets) in targets.chunks(chunk).enumerate() {
+        let hidden = hidden.narrow(0, i * chunk, targets.len())?;
+        let logits = hidden.matmul(&weight.t()?)?;
+        let largest = logits.max_keepdim(D::Minus1)?;
+        let exps = logits.broadcast_sub(&largest)?.exp()?;
+        let sums = exps.sum_keepdim(D::Minus1)?;
+        let softmax = exps.broadcast_div(&sums)?;
+        let index = Tensor::new(targets, hidden.device())?.unsqueeze(1)?;
+        let log_sum_exp = (&largest + sums.log()?)?;
+        let at_target = logits.gather(&index, 1)?;
+        let logps = column(&(&at_target - &log_sum_exp)?)?;
+        let entropies = column(&(&log_sum_exp - (&softmax * &logits)?.sum_keepdim(D::Minus1)?)?)?;
+        let means = column(&logits.mean_keepdim(D::Minus1)?)?;
+        let top = column(&(&at_target - &largest)?)?;
+        for row in 0..targets.len() {
+            scores.push(TokenScore {
+                logp: logps[row],
+                entropy: entropies[row],
+                mean_logit: means[row],
+                top1: top[row] >= 0.0,
+            });
+        }
+        if want == Want::Gradient {
+            let one = Tensor::ones((targets.len(), 1), hidden.dtype(), hidden.device())?;
+            gradients.push(softmax.neg()?.scatter_add(&index, &one, 1)?.matmul(weight)?);
+        }
+    }
+    let gradient = match want {
+        Want::Gradient if gradients.is_empty() => Some(hidden.zeros_like()?),
+        Want::Gradient => Some(Tensor::cat(&gradients, 0)?),
+        Want::Scores => None,
+    };
+    Ok((scores, gradient))
+}
+
+fn column(x: &Tensor) -> Result<Vec<f64>> {
+    x.squeeze(1)?.to_dtype(candle_core::DType::F64)?.to_vec1()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::check::{close, composed, finite_difference, normal};
+
+    fn inputs(rows: usize) -> Result<(Tensor, Tensor, Vec<u32>)> {
+        let targets = (0..rows).map(|row| (row * 7 % 23) as u32).collect();
+        Ok((normal(1, (rows, 6))?, normal(2, (23, 6))?, targets))
+    }
+
+    #[test]
+    fn the_gradient_agrees_with_finite_differences() -> Result<()> {
+        let (hidden, weight, targets) = inputs(5)?;
+        // another factor for each row, as a loss over several sequences has
+        let g = normal(3, (5, 1))?;
+        let u = score(&hidden, &weight, &targets, Want::Gradient)?.1.expect("asked for");
+        finite_difference(&hidden, &u.broadcast_mul(&g)?, |hidden| {
+            let logps = score(hidden, &weight, &targets, Want::Scores)?.0;
+            let logps: Vec<f64> = logps.iter().map(|score| score.logp).collect();
+            (Tensor::new(logps, hidden.device())? * g.squeeze(1)?)?.sum_all()
+        })
+    }
+
+    #[test]
+    fn kernel_equals_composed_form_over_several_chunks() -> Result<()> {
+        let rows = 2 * chunk_rows(23, 8) + 3;
+        let (hidden, weight, targets) = inputs(rows)?;
+        let both = || score(&hidden, &weight, &targets, Want::Gradient);
+        let ((kernel, kernel_u), (plain, plain_u)) = (both()?, composed(both)?);
+        close(&kernel_u.expect("asked for"), &plain_u.expect("asked for"), 1e-12)?;
+        for (a, b) in kernel.iter().zip(&plain) {
+            assert!((a.logp - b.logp).abs() < 1e-12);
+            assert!((a.entropy - b.entropy).abs() < 1e-12);
+            assert!((a.mean_logit - b.mean_logit).abs() < 1e-12);
+            assert_eq!(a.top1, b.top1);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn huge_logits_stay_finite() -> Result<()> {
+        let hidden = Tensor::new(&[[1e4f32, 0.0]], &candle_core::Device::Cpu)?;
+        let weight = Tensor::new(&[[1f32, 0.0], [-1.0, 0.0]], &candle_core::Device::Cpu)?;
+        let scores = score(&hidden, &weight, &[1], Want::Scores)?.0;
+        assert_eq!(scores[0].logp, -2e4);
+        assert_eq!(scores[0].entropy, 0.0);
+        Ok(())
+    }
+
+    #[test]
+    fn a_token_outside_the_vocabulary_is_an_error() -> Result<()> {
+        let (hidden, weight, _) = inputs(1)?;
+        let error = score(&hidden, &weight, &[23], Want::Scores).expect_err("23 is one too many");
+        assert!(error.to_string().contains("vocabulary of 23"));
+        Ok(())
+    }
+}

@@ -1,0 +1,129 @@
+//! CPU kernels: loops over slices, generic over f32 and f64, parallel over rows or (segment, head).
+//!
+//! f32 is what training runs; f64 is the same code for finite differences. No kernel's result depends on the number
+//! of threads: a reduction is always done by one thread in one order.
+
+pub(crate) mod attention;
+pub(crate) mod completion_logps;
+pub(crate) mod gemm;
+pub(crate) mod norm;
+pub(crate) mod rope;
+pub(crate) mod swiglu;
+
+use std::marker::PhantomData;
+use std::ops::Deref;
+
+use candle_core::{Device, Result, Shape, Storage, StorageRef, Tensor, WithDType, bail};
+use num_traits::Float;
+
+/// f32 or f64.
+pub(crate) trait Real: WithDType + Float + std::iter::Sum {
+    /// The value of an f64 constant.
+    fn of(value: f64) -> Self {
+        <Self as WithDType>::from_f64(value)
+    }
+}
+impl Real for f32 {}
+impl Real for f64 {}
+
+/// Runs `$body` with `$T` bound to the element type of `$tensor`.
+macro_rules! for_real {
+    ($tensor:expr, $T:ident => $body:expr) => {
+        match $tensor.dtype() {
+            candle_core::DType::F32 => {
+                type $T = f32;
+                $body
+            }
+            candle_core::DType::F64 => {
+                type $T = f64;
+                $body
+            }
+            other => candle_core::bail!("no CPU kernel for {other:?}"),
+        }
+    };
+}
+pub(crate) use for_real;
+
+/// The values of a contiguous CPU tensor, borrowed.
+pub(crate) struct Values<'t, T> {
+    storage: StorageRef<'t>,
+    start: usize,
+    end: usize,
+    element: PhantomData<T>,
+}
+
+/// Borrows the values of a contiguous CPU tensor of element type `T`.
+pub(crate) fn values<T: Real>(tensor: &Tensor) -> Result<Values<'_, T>> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        bail!("a CPU kernel was given a tensor that is not contiguous: {:?}", tensor.shape())
+    };
+    match &*storage {
+        Storage::Cpu(cpu) => _ = T::cpu_storage_as_slice(cpu)?,
+        _ => bail!("a CPU kernel was given a tensor on {:?}", tensor.device()),
+    }
+    Ok(Values { storage, start, end, element: PhantomData })
+}
+
+impl<T: Real> Deref for Values<'_, T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        let Storage::Cpu(cpu) = &*self.storage else { unreachable!("checked by values()") };
+        let all = T::cpu_storage_as_slice(cpu).expect("checked by values()");
+        &all[self.start..self.end]
+    }
+}
+
+/// A CPU tensor that takes over `data`.
+pub(crate) fn tensor<T: Real>(data: Vec<T>, shape: impl Into<Shape>) -> Result<Tensor> {
+    Tensor::from_vec(data, shape.into(), &Device::Cpu)
+}
+
+/// Independent partial sums of a reduction: wide enough for the compiler to use vector registers, and in a fixed
+/// order, so that a sum is the same wherever and however often it is computed.
+const LANES: usize = 16;
+
+/// `Σ f(i)` over `0..len` with [`LANES`] partial sums.
+#[inline(always)]
+pub(crate) fn sum_of<T: Real>(len: usize, f: impl Fn(usize) -> T) -> T {
+    let mut lanes = [T::of(0.0); LANES];
+    let blocks = len / LANES;
+    for block in 0..blocks {
+        for (lane, sum) in lanes.iter_mut().enumerate() {
+            *sum += f(block * LANES + lane);
+        }
+    }
+    let mut total = T::of(0.0);
+    for sum in lanes {
+        total += sum;
+    }
+    for i in blocks * LANES..len {
+        total += f(i);
+    }
+    total
+}
+
+/// `Σ a_i b_i`.
+#[inline]
+pub(crate) fn dot<T: Real>(a: &[T], b: &[T]) -> T {
+    let len = a.len().min(b.len());
+    let (a, b) = (&a[..len], &b[..len]);
+    sum_of(len, |i| a[i] * b[i])
+}
+
+/// The largest value; negative infinity for none.
+#[inline]
+pub(crate) fn max_of<T: Real>(values: &[T]) -> T {
+    let mut lanes = [T::neg_infinity(); LANES];
+    let mut blocks = values.chunks_exact(LANES);
+    for block in &mut blocks {
+        for (lane, value) in lanes.iter_mut().zip(block) {
+            *lane = if *value > *lane { *value } else { *lane };
+        }
+    }
+    let mut largest = T::neg_infinity();
+    for value in lanes.iter().chain(blocks.remainder()) {
+        largest = if *value > largest { *value } else { largest };
+    }
+    largest
+}

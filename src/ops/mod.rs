@@ -1,0 +1,55 @@
+//! Tensor functions in pairs, forward and backward, written by hand.
+//!
+//! candle's own graph is not used below the loss: it would compute and keep a gradient for every frozen matrix, and
+//! its fast norm, softmax, rope and quantized products cut the graph without an error. Here every function that
+//! training goes through is a pair: `forward` returns what it computed and what its `backward` needs, `backward`
+//! takes the gradient of the result and returns the gradient of the input. Nothing is recorded; the caller decides
+//! what to keep.
+//!
+//! | module | forward | written in |
+//! |---|---|---|
+//! | [`norm`] | RMSNorm | [`Decoder`](crate::model::Decoder) layers |
+//! | [`rope`] | rotary position embedding, HF's rotate-half form | queries and keys |
+//! | [`swiglu`] | `silu(gate) * up` | the MLP |
+//! | [`attention`] | causal attention over segments of one packed batch | every layer |
+//! | [`linear`] | frozen matrix plus low-rank update | every projection |
+//! | [`dropout`] | the adapter input's dropout, repeatable from a key | adapters |
+//! | [`completion_logps`] | log-probabilities of given tokens and their gradient, in one pass | the head |
+//!
+//! Each has a composed form out of plain candle operations, which runs on any device, and a CPU kernel in `cpu`,
+//! which is what a CPU tensor takes. The tests hold the two to each other and both to finite differences in f64.
+//!
+//! Shape letters: `T` rows (tokens of a packed batch), `D` hidden size, `H` query heads, `K` key/value heads, `E`
+//! head dimension, `F` MLP width, `V` vocabulary, `R` rank, `S` scored rows. Matrices are `[rows, columns]`, row-major.
+
+pub mod attention;
+pub mod completion_logps;
+pub(crate) mod cpu;
+pub mod dropout;
+pub mod linear;
+pub mod norm;
+pub mod rope;
+pub mod swiglu;
+
+#[cfg(test)]
+pub(crate) mod check;
+
+use candle_core::{Result, Tensor};
+
+/// Whether the CPU kernels can take this tensor: on the CPU, in f32 or f64.
+fn has_kernel(tensor: &Tensor) -> bool {
+    #[cfg(test)]
+    if check::composed_only() {
+        return false;
+    }
+    tensor.device().is_cpu()
+        && matches!(tensor.dtype(), candle_core::DType::F32 | candle_core::DType::F64)
+}
+
+/// `[rows, columns]` of a matrix.
+///
+/// # Errors
+/// Where the tensor has another rank.
+pub(crate) fn dims2(tensor: &Tensor) -> Result<(usize, usize)> {
+    tensor.dims2()
+}

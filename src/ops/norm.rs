@@ -1,0 +1,76 @@
+//! RMSNorm: `y = w ⊙ x · ρ` with `ρ = (mean(x²) + ε)^-½` a row (Zhang & Sennrich 2019, <https://arxiv.org/abs/1910.07467>).
+
+use candle_core::{D, Result, Tensor};
+
+use super::{cpu, has_kernel};
+
+/// Normalises the rows of `x [T, D]` by `weight [D]`. Returns `y [T, D]` and `ρ [T]`, which `backward` needs.
+///
+/// # Errors
+/// What candle returns for wrong shapes or types.
+pub fn forward(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<(Tensor, Tensor)> {
+    if has_kernel(x) {
+        return cpu::norm::forward(x, weight, epsilon);
+    }
+    let rho = (x.sqr()?.mean_keepdim(D::Minus1)? + epsilon)?.powf(-0.5)?;
+    let y = x.broadcast_mul(&rho)?.broadcast_mul(weight)?;
+    Ok((y, rho.squeeze(D::Minus1)?))
+}
+
+/// The same `y` again from a saved `ρ`.
+///
+/// # Errors
+/// What candle returns for wrong shapes or types.
+pub fn again(x: &Tensor, weight: &Tensor, rho: &Tensor) -> Result<Tensor> {
+    if has_kernel(x) {
+        return cpu::norm::again(x, weight, rho);
+    }
+    x.broadcast_mul(&rho.unsqueeze(D::Minus1)?)?.broadcast_mul(weight)
+}
+
+/// The gradient of `x`: `ρ (w ⊙ dy) − x ρ³/D ⟨w ⊙ dy, x⟩`. The weight is frozen and has none.
+///
+/// # Errors
+/// What candle returns for wrong shapes or types.
+pub fn backward(dy: &Tensor, x: &Tensor, weight: &Tensor, rho: &Tensor) -> Result<Tensor> {
+    if has_kernel(x) {
+        return cpu::norm::backward(dy, x, weight, rho);
+    }
+    let rho = rho.unsqueeze(D::Minus1)?;
+    let wdy = dy.broadcast_mul(weight)?;
+    let mean = (&wdy * x)?.mean_keepdim(D::Minus1)?;
+    let along = x.broadcast_mul(&(mean * rho.powf(3.0)?)?)?;
+    wdy.broadcast_mul(&rho)? - along
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::check::{close, composed, finite_difference, normal};
+
+    #[test]
+    fn backward_agrees_with_finite_differences() -> Result<()> {
+        let (x, weight) = (normal(1, (5, 19))?, normal(2, 19)?);
+        let dy = normal(3, (5, 19))?;
+        let (_, rho) = forward(&x, &weight, 1e-5)?;
+        let dx = backward(&dy, &x, &weight, &rho)?;
+        finite_difference(&x, &dx, |x| (forward(x, &weight, 1e-5)?.0 * &dy)?.sum_all())
+    }
+
+    #[test]
+    fn kernel_equals_composed_form() -> Result<()> {
+        // 33 columns: one more than two vector blocks, so that the remainder loop runs
+        let (x, weight, dy) = (normal(1, (7, 33))?, normal(2, 33)?, normal(3, (7, 33))?);
+        let (y, rho) = forward(&x, &weight, 1e-6)?;
+        let dx = backward(&dy, &x, &weight, &rho)?;
+        let (plain_y, plain_rho, plain_dx) = composed(|| {
+            let (y, rho) = forward(&x, &weight, 1e-6)?;
+            let dx = backward(&dy, &x, &weight, &rho)?;
+            Ok((y, rho, dx))
+        })?;
+        close(&y, &plain_y, 1e-12)?;
+        close(&rho, &plain_rho, 1e-12)?;
+        close(&dx, &plain_dx, 1e-12)?;
+        close(&again(&x, &weight, &rho)?, &y, 0.0)
+    }
+}

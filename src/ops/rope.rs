@@ -1,0 +1,96 @@
+//! Rotary position embedding in Hugging Face's rotate-half form (Su et al. 2021, <https://arxiv.org/abs/2104.09864>).
+//!
+//! Column `j < E/2` of a head and column `j + E/2` are one pair, turned by `position · inverse_frequency[j]`.
+
+use candle_core::{DType, Device, Result, Tensor};
+use rayon::prelude::*;
+
+use super::{cpu, has_kernel};
+
+/// Cosines and sines of the rows of one batch, made once and used in every layer, forward and backward.
+#[derive(Debug, Clone)]
+pub struct Angles {
+    /// `[T, E/2]`
+    cos: Tensor,
+    /// `[T, E/2]`
+    sin: Tensor,
+}
+
+/// Forward turns by `+θ`; backward, being the transpose of a rotation, by `−θ`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Turn {
+    /// By `+θ`: the embedding.
+    Forward,
+    /// By `−θ`: its gradient.
+    Backward,
+}
+
+impl Angles {
+    /// The angles of rows at `positions`.
+    ///
+    /// They are products in f32, as transformers computes them: an exact angle would differ from what the model was
+    /// trained with by up to `position · 6e-8`.
+    ///
+    /// # Errors
+    /// What candle returns.
+    pub fn new(inverse_frequencies: &[f32], positions: &[u32], dtype: DType, device: &Device) -> Result<Self> {
+        let angles: Vec<f32> = positions
+            .par_iter()
+            .flat_map_iter(|&position| inverse_frequencies.iter().map(move |f| position as f32 * f))
+            .collect();
+        let table = |of: fn(f64) -> f64| {
+            let values: Vec<f32> = angles.par_iter().map(|&angle| of(f64::from(angle)) as f32).collect();
+            Tensor::from_vec(values, (positions.len(), inverse_frequencies.len()), device)?.to_dtype(dtype)
+        };
+        Ok(Self { cos: table(f64::cos)?, sin: table(f64::sin)? })
+    }
+}
+
+/// Turns every head of `x [T, heads·E]` by its row's angles.
+///
+/// # Errors
+/// What candle returns for wrong shapes.
+pub fn turn(x: &Tensor, angles: &Angles, turn: Turn) -> Result<Tensor> {
+    if has_kernel(x) {
+        return cpu::rope::turn(x, &angles.cos, &angles.sin, turn);
+    }
+    let (rows, width) = x.dims2()?;
+    let half = angles.cos.dims()[1];
+    let heads = width / (2 * half);
+    let cos = angles.cos.unsqueeze(1)?;
+    let mut sin = angles.sin.unsqueeze(1)?;
+    if turn == Turn::Backward {
+        sin = sin.neg()?;
+    }
+    let x = x.reshape((rows, heads, 2 * half))?;
+    let (first, second) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
+    let turned_first = (first.broadcast_mul(&cos)? - second.broadcast_mul(&sin)?)?;
+    let turned_second = (second.broadcast_mul(&cos)? + first.broadcast_mul(&sin)?)?;
+    Tensor::cat(&[turned_first, turned_second], 2)?.reshape((rows, width))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::check::{close, composed, finite_difference, normal};
+
+    fn angles(positions: &[u32]) -> Result<Angles> {
+        Angles::new(&[1.0, 0.3, 0.01], positions, DType::F64, &Device::Cpu)
+    }
+
+    #[test]
+    fn backward_agrees_with_finite_differences() -> Result<()> {
+        let (x, dy, angles) = (normal(1, (4, 12))?, normal(2, (4, 12))?, angles(&[0, 1, 7, 39])?);
+        let dx = turn(&dy, &angles, Turn::Backward)?;
+        finite_difference(&x, &dx, |x| (turn(x, &angles, Turn::Forward)? * &dy)?.sum_all())
+    }
+
+    #[test]
+    fn kernel_equals_composed_form() -> Result<()> {
+        let (x, angles) = (normal(1, (4, 12))?, angles(&[3, 0, 3, 20])?);
+        for way in [Turn::Forward, Turn::Backward] {
+            close(&turn(&x, &angles, way)?, &composed(|| turn(&x, &angles, way))?, 1e-14)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,24 @@
+//! "Did you mean".
+
+/// The known name nearest to `written`, if one is near enough to be meant.
+pub(crate) fn did_you_mean<'k>(written: &str, known: impl IntoIterator<Item = &'k str>) -> Option<&'k str> {
+    known
+        .into_iter()
+        .map(|name| (strsim::damerau_levenshtein(written, name), name))
+        .filter(|(distance, name)| *distance <= (written.len().max(name.len()) / 3).max(1))
+        .min_by_key(|(distance, _)| *distance)
+        .map(|(_, name)| name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn near_names_are_suggested_and_far_ones_are_not() {
+        let known = ["learning_rate", "beta", "batch_size"];
+        assert_eq!(did_you_mean("learnig_rate", known), Some("learning_rate"));
+        assert_eq!(did_you_mean("bta", known), Some("beta"));
+        assert_eq!(did_you_mean("model", known), None);
+    }
+}
