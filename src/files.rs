@@ -57,15 +57,10 @@ pub fn write(path: &Path, contents: &[u8]) -> Result<(), WriteError> {
 ///
 /// # Errors
 /// The system's, with the path, or `fill`'s; what was written is removed.
-pub fn write_folder<E: From<WriteError>>(
-    path: &Path,
-    fill: impl FnOnce(&Path) -> Result<(), E>,
-) -> Result<(), E> {
+pub fn write_folder<E: From<WriteError>>(path: &Path, fill: impl FnOnce(&Path) -> Result<(), E>) -> Result<(), E> {
     let partial = temporary(path);
-    let replaced = path.with_file_name(format!(
-        "{}-old{TEMPORARY}",
-        path.file_name().unwrap_or_default().to_string_lossy()
-    ));
+    let replaced =
+        path.with_file_name(format!("{}-old{TEMPORARY}", path.file_name().unwrap_or_default().to_string_lossy()));
     let made = (|| {
         if partial.exists() {
             fs::remove_dir_all(&partial).map_err(cannot_write(&partial))?;
@@ -132,9 +127,7 @@ mod tests {
     fn a_failed_folder_leaves_the_old_one_and_nothing_else() {
         let place = tempfile::tempdir().expect("a folder");
         let target = place.path().join("checkpoint");
-        let put = |text: &'static str| {
-            move |folder: &Path| write(&folder.join("state"), text.as_bytes())
-        };
+        let put = |text: &'static str| move |folder: &Path| write(&folder.join("state"), text.as_bytes());
         write_folder(&target, put("first")).expect("written");
         write_folder(&target, put("second")).expect("replaced");
         let failed = write_folder(&target, |folder| {

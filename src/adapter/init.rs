@@ -31,9 +31,8 @@ pub fn new(
         let bound = 1.0 / (module.inputs as f64).sqrt();
         // 24 bits: every value an f32 between 0 and 1 on an even grid
         let uniform = |rng: &mut ChaCha8Rng| f64::from(rng.next_u32() >> 8) / f64::from(1u32 << 24);
-        let a: Vec<f32> = (0..config.rank * module.inputs)
-            .map(|_| ((2.0 * uniform(&mut rng) - 1.0) * bound) as f32)
-            .collect();
+        let a: Vec<f32> =
+            (0..config.rank * module.inputs).map(|_| ((2.0 * uniform(&mut rng) - 1.0) * bound) as f32).collect();
         Ok(Some(Lora {
             module: module.path.clone(),
             a: Tensor::from_vec(a, (config.rank, module.inputs), device)?.to_dtype(dtype)?,

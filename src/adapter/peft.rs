@@ -74,7 +74,8 @@ pub fn load_config(folder: &Path) -> Result<LoraConfig, AdapterError> {
         help: help.map(ToOwned::to_owned),
     };
     if !folder.is_dir() {
-        let help = Some("[adapter] init names a folder with adapter_config.json and adapter_model.safetensors".into());
+        let help =
+            Some("[adapter] init names a folder with adapter_config.json and adapter_model.safetensors".into());
         let problem = "is no adapter folder".into();
         return Err(AdapterError::File { file: folder.to_owned(), problem, help });
     }
@@ -100,8 +101,12 @@ pub fn load_config(folder: &Path) -> Result<LoraConfig, AdapterError> {
         _ => false,
     };
     if !plain_init {
-        let problem = format!("init_lora_weights is {}, which changed the base it belongs to", get("init_lora_weights"));
-        return Err(error(problem, Some("convert it to a plain LoRA in PEFT first (path_initial_model_for_weight_conversion)")));
+        let problem =
+            format!("init_lora_weights is {}, which changed the base it belongs to", get("init_lora_weights"));
+        return Err(error(
+            problem,
+            Some("convert it to a plain LoRA in PEFT first (path_initial_model_for_weight_conversion)"),
+        ));
     }
     let number = |key: &str, default: f64| match get(key) {
         Value::Null => Ok(default),

@@ -42,8 +42,10 @@ impl Targets {
                 Ok(modules.iter().map(|module| names.iter().any(|name| named(module, name))).collect())
             }
             Self::Pattern(pattern) => {
-                let regex = Regex::new(&format!("^(?:{pattern})$"))
-                    .map_err(|error| AdapterError::BadPattern { pattern: pattern.clone(), help: error.to_string() })?;
+                let regex = Regex::new(&format!("^(?:{pattern})$")).map_err(|error| AdapterError::BadPattern {
+                    pattern: pattern.clone(),
+                    help: error.to_string(),
+                })?;
                 let selected: Vec<bool> = modules.iter().map(|module| regex.is_match(&module.path)).collect();
                 if selected.contains(&true) { Ok(selected) } else { Err(no_module(pattern, modules)) }
             }

@@ -69,8 +69,7 @@ pub enum Projection {
 
 impl Projection {
     /// All of a layer.
-    pub const ALL: [Self; 7] =
-        [Self::Query, Self::Key, Self::Value, Self::Output, Self::Gate, Self::Up, Self::Down];
+    pub const ALL: [Self; 7] = [Self::Query, Self::Key, Self::Value, Self::Output, Self::Gate, Self::Up, Self::Down];
 
     /// The module's name within a layer, as Hugging Face has it.
     #[must_use]
@@ -443,19 +442,7 @@ impl Decoder {
         drop(normed);
         let h = swiglu::forward(&gate, &up)?;
         let y = (&middle + project(&h, Projection::Down)?)?;
-        let kept = LayerActivations {
-            x,
-            attention_rho,
-            q,
-            k,
-            v,
-            attention,
-            middle,
-            mlp_rho,
-            gate,
-            up,
-            low_rank,
-        };
+        let kept = LayerActivations { x, attention_rho, q, k, v, attention, middle, mlp_rho, gate, up, low_rank };
         Ok((y, kept))
     }
 

@@ -2,8 +2,8 @@
 
 use candle_core::{Result, Tensor};
 
-use super::decoder::{Adapter, LayerCache};
 use super::Model;
+use super::decoder::{Adapter, LayerCache};
 
 /// When an answer ends.
 #[derive(Debug, Clone)]

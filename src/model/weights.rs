@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Tensor};
 use serde_json::Value;
 
-use super::decoder::{Decoder, DecoderConfig, Layer, Linear, Projection};
 use super::ModelError;
+use super::decoder::{Decoder, DecoderConfig, Layer, Linear, Projection};
 use crate::progress::Console;
 use crate::tensor_file::{TensorFile, read_text};
 

@@ -89,13 +89,7 @@ pub struct Saved {
 ///
 /// # Errors
 /// What candle returns for wrong shapes or types.
-pub fn forward(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    heads: Heads,
-    segments: &Segments,
-) -> Result<Saved> {
+pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, segments: &Segments) -> Result<Saved> {
     if has_kernel(q) {
         return cpu::attention::forward(q, k, v, heads, segments);
     }
@@ -230,10 +224,7 @@ mod tests {
     fn segments() -> Segments {
         let causal = |rows: Range<usize>| Segment { queries: rows.clone(), prefix: 0..0, own: rows };
         let branch = |rows: Range<usize>| Segment { queries: rows.clone(), prefix: 0..3, own: rows };
-        Segments::new(vec![
-            vec![causal(0..3), branch(3..5), branch(5..9)],
-            vec![causal(9..14)],
-        ])
+        Segments::new(vec![vec![causal(0..3), branch(3..5), branch(5..9)], vec![causal(9..14)]])
     }
 
     fn inputs() -> Result<(Tensor, Tensor, Tensor, Tensor)> {
@@ -245,9 +236,8 @@ mod tests {
         let (q, k, v, d_out) = inputs()?;
         let saved = forward(&q, &k, &v, HEADS, &segments())?;
         let (dq, dk, dv) = backward(&d_out, &q, &k, &v, &saved, HEADS, &segments())?;
-        let value = |q: &Tensor, k: &Tensor, v: &Tensor| {
-            (forward(q, k, v, HEADS, &segments())?.output * &d_out)?.sum_all()
-        };
+        let value =
+            |q: &Tensor, k: &Tensor, v: &Tensor| (forward(q, k, v, HEADS, &segments())?.output * &d_out)?.sum_all();
         finite_difference(&q, &dq, |q| value(q, &k, &v))?;
         finite_difference(&k, &dk, |k| value(&q, k, &v))?;
         finite_difference(&v, &dv, |v| value(&q, &k, v))
@@ -273,15 +263,9 @@ mod tests {
         let (q, k, v, _) = inputs()?;
         let shared = forward(&q, &k, &v, HEADS, &segments())?.output;
         for branch in [3..5usize, 5..9] {
-            let pick = |x: &Tensor| {
-                Tensor::cat(&[x.narrow(0, 0, 3)?, x.narrow(0, branch.start, branch.len())?], 0)
-            };
+            let pick = |x: &Tensor| Tensor::cat(&[x.narrow(0, 0, 3)?, x.narrow(0, branch.start, branch.len())?], 0);
             let rows = 0..3 + branch.len();
-            let alone = Segments::new(vec![vec![Segment {
-                queries: rows.clone(),
-                prefix: 0..0,
-                own: rows,
-            }]]);
+            let alone = Segments::new(vec![vec![Segment { queries: rows.clone(), prefix: 0..0, own: rows }]]);
             let apart = forward(&pick(&q)?, &pick(&k)?, &pick(&v)?, HEADS, &alone)?.output;
             close(&apart, &pick(&shared)?, 1e-14)?;
         }
@@ -294,9 +278,7 @@ mod tests {
         let (q, k, v, _) = inputs()?;
         let (q, k, v) = (q.narrow(0, 9, 5)?.contiguous()?, k.narrow(0, 9, 5)?, v.narrow(0, 9, 5)?);
         let (k, v) = (k.contiguous()?, v.contiguous()?);
-        let at = |queries: Range<usize>| {
-            Segments::new(vec![vec![Segment { queries, prefix: 0..0, own: 0..5 }]])
-        };
+        let at = |queries: Range<usize>| Segments::new(vec![vec![Segment { queries, prefix: 0..0, own: 0..5 }]]);
         let all = forward(&q, &k, &v, HEADS, &at(0..5))?.output;
         let late = forward(&q.narrow(0, 3, 2)?.contiguous()?, &k, &v, HEADS, &at(0..2))?.output;
         close(&late, &all.narrow(0, 3, 2)?.contiguous()?, 1e-14)
@@ -308,11 +290,7 @@ mod tests {
         let heads = Heads { queries: 2, keys: 1, dimension: 4, scale: 0.5 };
         let (q, k, v) = (normal(1, (rows, 8))?, normal(2, (rows, 4))?, normal(3, (rows, 4))?);
         let d_out = normal(4, (rows, 8))?;
-        let segments = Segments::new(vec![vec![Segment {
-            queries: 0..rows,
-            prefix: 0..0,
-            own: 0..rows,
-        }]]);
+        let segments = Segments::new(vec![vec![Segment { queries: 0..rows, prefix: 0..0, own: 0..rows }]]);
         let both = || {
             let saved = forward(&q, &k, &v, heads, &segments)?;
             let (dq, dk, dv) = backward(&d_out, &q, &k, &v, &saved, heads, &segments)?;

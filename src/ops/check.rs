@@ -55,11 +55,7 @@ pub(crate) fn close(a: &Tensor, b: &Tensor, tolerance: f64) -> Result<()> {
 /// A step of 1e-5 leaves a truncation error of about 1e-10 and a rounding error of about 1e-11 for values near one,
 /// so 1e-7 of the largest gradient is a hundred times more than a right gradient shows and far less than a wrong
 /// sign, factor or index does.
-pub(crate) fn finite_difference(
-    at: &Tensor,
-    gradient: &Tensor,
-    f: impl Fn(&Tensor) -> Result<Tensor>,
-) -> Result<()> {
+pub(crate) fn finite_difference(at: &Tensor, gradient: &Tensor, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<()> {
     let step = 1e-5;
     let values = at.flatten_all()?.to_vec1::<f64>()?;
     let mut numeric = Vec::with_capacity(values.len());

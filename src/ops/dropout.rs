@@ -72,9 +72,7 @@ mod tests {
     #[test]
     fn a_row_is_dropped_alike_wherever_it_stands() -> Result<()> {
         let x = Tensor::ones((3, 50), candle_core::DType::F64, &Device::Cpu)?;
-        let drop = |rows: &[u64]| {
-            apply(&x, &Dropout { probability: 0.5, key: 1, rows })?.to_vec2::<f64>()
-        };
+        let drop = |rows: &[u64]| apply(&x, &Dropout { probability: 0.5, key: 1, rows })?.to_vec2::<f64>();
         let (a, b) = (drop(&[10, 11, 12])?, drop(&[12, 10, 99])?);
         assert_eq!(a[0], b[1]);
         assert_eq!(a[2], b[0]);

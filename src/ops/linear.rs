@@ -88,10 +88,7 @@ pub fn backward(
 ) -> Result<(Tensor, Option<LowRankGradient>)> {
     let Some((update, x, xa)) = update else { return Ok((dy.matmul(weight)?, None)) };
     let g = (dy.matmul(update.b)? * update.scale)?;
-    let gradient = LowRankGradient {
-        a: g.t()?.matmul(&update.input(x)?)?,
-        b: (dy.t()?.matmul(xa)? * update.scale)?,
-    };
+    let gradient = LowRankGradient { a: g.t()?.matmul(&update.input(x)?)?, b: (dy.t()?.matmul(xa)? * update.scale)? };
     if has_kernel(dy) && update.dropout.is_none() {
         let dx = for_real!(dy, T => {
             let (dy, w, g, a) = (mat::<T>(dy)?, mat(weight)?, mat(&g)?, mat(update.a)?);

@@ -42,8 +42,7 @@ fn has_kernel(tensor: &Tensor) -> bool {
     if check::composed_only() {
         return false;
     }
-    tensor.device().is_cpu()
-        && matches!(tensor.dtype(), candle_core::DType::F32 | candle_core::DType::F64)
+    tensor.device().is_cpu() && matches!(tensor.dtype(), candle_core::DType::F32 | candle_core::DType::F64)
 }
 
 /// `[rows, columns]` of a matrix.

@@ -45,8 +45,7 @@ mod tests {
     fn kernel_equals_composed_form() -> Result<()> {
         let (gate, up, dh) = (normal(1, (3, 21))?, normal(2, (3, 21))?, normal(3, (3, 21))?);
         let (dgate, dup) = backward(&dh, &gate, &up)?;
-        let (plain, (plain_dgate, plain_dup)) =
-            composed(|| Ok((forward(&gate, &up)?, backward(&dh, &gate, &up)?)))?;
+        let (plain, (plain_dgate, plain_dup)) = composed(|| Ok((forward(&gate, &up)?, backward(&dh, &gate, &up)?)))?;
         close(&forward(&gate, &up)?, &plain, 1e-14)?;
         close(&dgate, &plain_dgate, 1e-14)?;
         close(&dup, &plain_dup, 1e-14)

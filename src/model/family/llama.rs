@@ -53,9 +53,11 @@ fn inverse_frequencies(config: &ConfigJson, head_dim: usize) -> Result<Vec<f32>,
     let frequencies = (0..head_dim / 2).map(|j| f64::from(plain(j) as f32));
     let rope_type = scaling.get("rope_type").or_else(|| scaling.get("type"));
     let parameter = |key: &str| {
-        scaling.get(key).and_then(Value::as_f64).filter(|x| x.is_finite() && *x > 0.0).ok_or_else(|| {
-            config.error(format!("rope scaling needs `{key}`, a number above zero"), None)
-        })
+        scaling
+            .get(key)
+            .and_then(Value::as_f64)
+            .filter(|x| x.is_finite() && *x > 0.0)
+            .ok_or_else(|| config.error(format!("rope scaling needs `{key}`, a number above zero"), None))
     };
     let scaled: Vec<f64> = match rope_type.and_then(Value::as_str) {
         None | Some("default") => frequencies.collect(),

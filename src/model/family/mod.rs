@@ -61,7 +61,11 @@ impl ConfigJson {
         let text = read_text(file)?;
         let error = |problem: String| ModelError::File { file: file.to_owned(), problem, help: None };
         let value: Value = serde_json::from_str(&text).map_err(|e| error(format!("is no JSON: {e}")))?;
-        if value.is_object() { Ok(Self { file: file.to_owned(), value }) } else { Err(error("is no JSON object".into())) }
+        if value.is_object() {
+            Ok(Self { file: file.to_owned(), value })
+        } else {
+            Err(error("is no JSON object".into()))
+        }
     }
 
     fn error(&self, problem: String, help: Option<String>) -> ModelError {

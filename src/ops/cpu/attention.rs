@@ -14,13 +14,7 @@ use crate::ops::dims2;
 /// second-level cache.
 pub(crate) const TILE: usize = 64;
 
-pub(crate) fn forward(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    heads: Heads,
-    segments: &Segments,
-) -> Result<Saved> {
+pub(crate) fn forward(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, segments: &Segments) -> Result<Saved> {
     let (rows, width) = dims2(q)?;
     check(width, dims2(k)?, dims2(v)?, heads)?;
     for_real!(q, T => {
@@ -194,11 +188,8 @@ impl<'a, T: Real> Inputs<'a, T> {
         let Heads { queries: heads, keys, dimension: e, .. } = self.heads;
         let per_key = heads / keys;
         let saved = Results { d_output, output, log_sum_exp };
-        let tasks: Vec<(&[Segment], usize)> = segments
-            .groups()
-            .iter()
-            .flat_map(|group| (0..keys).map(move |key| (group.as_slice(), key)))
-            .collect();
+        let tasks: Vec<(&[Segment], usize)> =
+            segments.groups().iter().flat_map(|group| (0..keys).map(move |key| (group.as_slice(), key))).collect();
         let blocks: Vec<Block<T>> =
             tasks.par_iter().map(|&(group, key)| self.backward_group(group, key, &saved)).collect();
         let mut dq = vec![T::of(0.0); self.q.len()];

@@ -46,11 +46,7 @@ impl<'a, T> Matrix<'a, T> {
 
 /// Elements from the first of a matrix to one past its last.
 fn extent(rows: usize, columns: usize, row_stride: usize, column_stride: usize) -> usize {
-    if rows == 0 || columns == 0 {
-        0
-    } else {
-        (rows - 1) * row_stride + (columns - 1) * column_stride + 1
-    }
+    if rows == 0 || columns == 0 { 0 } else { (rows - 1) * row_stride + (columns - 1) * column_stride + 1 }
 }
 
 /// What becomes of the values already at the destination.
