@@ -1,6 +1,7 @@
 //! dpo-lora
 pub mod adapter;
 pub mod files;
+pub mod loss;
 pub mod model;
 pub mod ops;
 pub mod progress;
