@@ -1,5 +1,6 @@
 //! dpo-lora
 pub mod adapter;
+pub mod data;
 pub mod files;
 pub mod model;
 pub mod ops;
