@@ -44,8 +44,10 @@ impl<'d> Evaluation<'d> {
 
     /// The metrics of the policy; the whole set counts as one update, so they do not depend on any batch size.
     ///
-    /// Besides TRL's: `kl_to_reference`, the mean over completion tokens of `r − 1 − log r` with `r = π_ref/π` (Schulman's k3
-    /// estimator, here on the tokens of the data, not on samples), and `perplexity` of the chosen completions.
+    /// Besides TRL's: `perplexity` of the chosen completions, and `kl_to_reference`, the mean over completion tokens of
+    /// `½ (log π/π_ref)²`. That is Schulman's k2 estimator on the tokens of the data, which are no samples of the policy:
+    /// it tells how far the policy went. (k3, `r − 1 − log r`, is unbiased on samples and here dominated by the few
+    /// rejected tokens that the policy has ruled out.)
     pub(super) fn measure(
         &mut self,
         model: &Model,
@@ -61,7 +63,7 @@ impl<'d> Evaluation<'d> {
         };
         let update = Update { examples, nll_tokens: nll_tokens(&self.items, loss), kl };
         let mut tally = Tally::default();
-        let (mut k3, mut tokens) = (0.0, 0);
+        let (mut k2, mut tokens) = (0.0, 0);
         for (number, batch) in self.batches.iter().enumerate() {
             let items: Vec<_> = batch.iter().map(|&i| self.items[i]).collect();
             let (packed, parts) = (self.layout.pack(&items), self.layout.parts(&items));
@@ -74,7 +76,7 @@ impl<'d> Evaluation<'d> {
             let completions = parts.iter().zip(&packed.spans).filter(|((_, part), _)| *part != Part::Prompt);
             for token in completions.flat_map(|(_, span)| span.clone()) {
                 let log_ratio = reference[token] - scores[token].logp;
-                k3 += log_ratio.exp_m1() - log_ratio;
+                k2 += 0.5 * log_ratio * log_ratio;
                 tokens += 1;
             }
             let spans = || packed.spans.iter().cloned();
@@ -94,7 +96,7 @@ impl<'d> Evaluation<'d> {
         let mut metrics = Metrics::default();
         metrics.push("loss", tally.loss(examples));
         metrics.extend("", &tally.metrics(loss));
-        metrics.push("kl_to_reference", k3 / tokens.max(1) as f64);
+        metrics.push("kl_to_reference", k2 / tokens.max(1) as f64);
         if let Some(perplexity) = tally.chosen_perplexity() {
             metrics.push("perplexity", perplexity);
         }

@@ -46,7 +46,7 @@ impl Summary<'_> {
     /// The same for people.
     pub(super) fn tell(&self, samples: &[Sample], console: &Console) {
         if let (Some(before), Some(after)) = (self.before, self.after) {
-            console.line(format_args!("\n{:<28}{:>10}{:>10}", "held out", "before", "after"));
+            console.line(format_args!("\n{:<30}{:>10}{:>10}", "held out", "before", "after"));
             let shown = [
                 ("logps/accuracies", "prefers chosen", 3),
                 ("rewards/accuracies", "reward accuracy", 3),
@@ -59,7 +59,7 @@ impl Summary<'_> {
             ];
             for (name, label, digits) in shown {
                 if let (Some(before), Some(after)) = (before.get(name), after.get(name)) {
-                    console.line(format_args!("{label:<28}{before:>10.digits$}{after:>10.digits$}"));
+                    console.line(format_args!("{label:<30}{before:>10.digits$}{after:>10.digits$}"));
                 }
             }
         }
@@ -90,7 +90,7 @@ fn one_line(text: &str) -> String {
 
 fn rows(dataset: &Dataset) -> Value {
     let drops = dataset.drops();
-    json!({ "examples": dataset.len(), "dropped": drops.counts(), "dropped_rows": drops.listed() })
+    json!({ "facts": dataset.facts(), "dropped": drops.counts(), "dropped_rows": drops.listed() })
 }
 
 /// The held-out metrics before the first update, from the first line of `metrics.jsonl`.
