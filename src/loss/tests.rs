@@ -72,7 +72,7 @@ fn close(got: f64, expected: f64, tolerance: f64) {
     assert!((got - expected).abs() <= tolerance * expected.abs().max(1.0), "{got} is not {expected}");
 }
 
-/// Worked out by hand from the papers' formulas, to six digits.
+/// Computed from the papers' formulas in plain Python, to six digits.
 #[test]
 fn six_digits_of_two_pairs() {
     let pairs = [
