@@ -1,6 +1,7 @@
 //! From a row to ids: where the completion begins, how it ends, and what is dropped.
 
-use super::Examples;
+use super::Wanted;
+use crate::loss::Examples;
 use super::codec::Codec;
 use super::dataset::{DropReason, Encoded};
 use super::format::{Bad, Columns, Message, Record, Shape, Sides};
@@ -19,7 +20,7 @@ pub(super) fn examples(
     shape: Shape,
     row: Columns,
     codec: &Codec,
-    wanted: Examples,
+    wanted: Wanted,
     limits: Limits,
 ) -> Vec<Result<Encoded, Bad>> {
     match shape.record(row, codec.chat_template().is_some()) {
@@ -32,15 +33,16 @@ pub(super) fn examples(
 /// Turns a row into what the loss reads, as TRL's `unpair_preference_dataset` does.
 fn split<T: PartialEq + Clone>(
     sides: Sides<T>,
-    wanted: Examples,
+    wanted: Wanted,
     encode: impl Fn(Sides<T>) -> Result<Encoded, Bad>,
 ) -> Vec<Result<Encoded, Bad>> {
     let Sides { prompt, chosen, rejected } = sides;
     let only = |chosen, rejected| encode(Sides { prompt: prompt.clone(), chosen, rejected });
-    match (chosen, rejected, wanted) {
+    match (chosen, rejected, wanted.examples) {
         (Some(chosen), Some(rejected), _) if chosen == rejected => {
             vec![Err(Bad::new(DropReason::Identical, "chosen and rejected are the same"))]
         }
+        (chosen @ Some(_), rejected @ Some(_), _) if wanted.keep_pairs => vec![only(chosen, rejected)],
         (chosen @ Some(_), rejected @ Some(_), Examples::Labelled) => vec![only(chosen, None), only(None, rejected)],
         (None, _, Examples::Demonstrations) => {
             vec![Err(Bad::new(DropReason::NotDesired, "the row is labelled undesirable"))]

@@ -23,6 +23,7 @@ pub use codec::Codec;
 pub use dataset::{Dataset, DropReason, Dropped, Drops, Example, Facts};
 pub use source::{Place, Source, Sources};
 
+use crate::loss::Examples;
 use crate::progress::Console;
 use crate::range::Count;
 use crate::suggest::did_you_mean;
@@ -123,15 +124,14 @@ impl Columns {
     }
 }
 
-/// What kind of example a loss reads.
+/// What is to be made of rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Examples {
-    /// A prompt with a chosen and a rejected completion.
-    Pairs,
-    /// A prompt with one completion and a label, desirable or not.
-    Labelled,
-    /// A prompt with one completion to imitate.
-    Demonstrations,
+pub struct Wanted {
+    /// What the loss learns from.
+    pub examples: Examples,
+    /// Whether pairs stay pairs even for a loss that learns from single completions: held-out pairs tell how often the
+    /// better one is preferred.
+    pub keep_pairs: bool,
 }
 
 /// What can be wrong with data, a tokenizer or a chat template.
@@ -197,7 +197,7 @@ pub fn load(
     sources: &Sources,
     config: &DataConfig,
     codec: &Codec,
-    wanted: Examples,
+    wanted: Wanted,
     console: &Console,
 ) -> Result<Dataset, DataError> {
     let files = source::resolve(sources)?;
@@ -246,7 +246,7 @@ struct Reading<'a> {
     file: &'a DataFile,
     config: &'a DataConfig,
     codec: &'a Codec,
-    wanted: Examples,
+    wanted: Wanted,
     dataset: &'a mut Dataset,
     columns: Vec<String>,
     shape: Option<Shape>,
@@ -349,7 +349,7 @@ impl Reading<'_> {
             let problem = format!("{first}; its columns are {}", list(&self.columns));
             return Err(DataError::row(file, place.place, problem).help(format::UNDERSTOOD));
         };
-        shape.check_wanted(self.wanted).map_err(|(problem, help)| DataError::file(file, problem).help(help))?;
+        shape.check_wanted(self.wanted.examples).map_err(|(problem, help)| DataError::file(file, problem).help(help))?;
         if shape.form() == Form::Messages && self.codec.chat_template().is_none() {
             let problem = "holds message lists, and the model has no chat template";
             return Err(DataError::file(file, problem).help("name a Jinja file as [data] chat_template"));

@@ -69,11 +69,9 @@ impl Sources {
         Self(vec![Source { path: path.into(), weight: Weight::default() }])
     }
 
-    /// Takes relative paths as relative to `folder`.
-    pub fn rebase(&mut self, folder: &Path) {
-        for source in &mut self.0 {
-            source.path = folder.join(&source.path);
-        }
+    /// The files and globs, to anchor those that are relative.
+    pub fn paths_mut(&mut self) -> impl Iterator<Item = &mut PathBuf> {
+        self.0.iter_mut().map(|source| &mut source.path)
     }
 }
 

@@ -27,8 +27,8 @@ fn config() -> DataConfig {
     }
 }
 
-fn load_file(file: &Path, config: &DataConfig, codec: &Codec, wanted: Examples) -> Result<Dataset, DataError> {
-    load(&Sources::one(file), config, codec, wanted, &Console::silent())
+fn load_file(file: &Path, config: &DataConfig, codec: &Codec, examples: Examples) -> Result<Dataset, DataError> {
+    load(&Sources::one(file), config, codec, Wanted { examples, keep_pairs: false }, &Console::silent())
 }
 
 #[test]

@@ -12,7 +12,7 @@ use thiserror::Error;
 use super::super::{Failure, failed, request};
 use crate::adapter::{self, AdapterConfig, Adapters, LoraConfig, peft};
 use crate::cli;
-use crate::data::{self, Codec, Dataset};
+use crate::data::{self, Codec, Dataset, Wanted};
 use crate::files;
 use crate::loss::Loss;
 use crate::model::{Model, ModelError, WeightFiles, family};
@@ -102,18 +102,22 @@ pub(super) fn prepare(arguments: &cli::Run, console: &Console) -> Result<Prepare
 
     let codec = Codec::open(source, recipe.data.chat_template.as_deref()).map_err(request)?;
     let loss = recipe.loss.clone();
-    let train = data::load(&recipe.data.train, &recipe.data, &codec, loss.examples().into(), console).map_err(request)?;
+    let load = |sources, keep_pairs| {
+        let wanted = Wanted { examples: loss.examples(), keep_pairs };
+        data::load(sources, &recipe.data, &codec, wanted, console).map_err(request)
+    };
+    let train = load(&recipe.data.train, false)?;
     tell_data(console, "train", &train);
     let eval = match &recipe.data.eval {
         Some(eval) => {
-            let eval = data::load(eval, &recipe.data, &codec, data::Wanted::Any, console).map_err(request)?;
+            let eval = load(eval, true)?;
             tell_data(console, "held out", &eval);
             Some(eval)
         }
         None => None,
     };
     let outside = |what, dataset: &Dataset| {
-        let id = dataset.largest_id();
+        let id = dataset.facts().largest_id;
         let vocabulary = decoder_config.vocab_size;
         let error = || RequestError::TokenOutside { what, id, vocabulary, model: source.clone() };
         if (id as usize) < vocabulary { Ok(()) } else { Err(request(error())) }
@@ -287,4 +291,9 @@ fn difference(prefix: &str, was: &toml::Value, is: &toml::Value) -> Option<(Stri
 
 fn tell_data(console: &Console, name: &str, dataset: &Dataset) {
     console.fact(name, dataset.facts());
+    let drops = dataset.drops();
+    if drops.total() > 0 {
+        let first = drops.listed().first().map_or("", |drop| &drop.origin);
+        console.fact("", format_args!("left out: {drops} (the first is {first}; summary.json lists them)"));
+    }
 }

@@ -90,7 +90,7 @@ fn one_line(text: &str) -> String {
 
 fn rows(dataset: &Dataset) -> Value {
     let drops = dataset.drops();
-    json!({ "examples": dataset.len(), "dropped": drops.counts(), "dropped_rows": drops.listed() })
+    json!({ "facts": dataset.facts(), "dropped": drops.counts(), "dropped_rows": drops.listed() })
 }
 
 /// The held-out metrics before the first update, from the first line of `metrics.jsonl`.

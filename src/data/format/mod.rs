@@ -16,7 +16,8 @@ use std::fmt;
 use serde_json::{Map, Value};
 
 use super::source::kind;
-use super::{DropReason, Examples};
+use super::DropReason;
+use crate::loss::Examples;
 pub(super) use messages::Message;
 
 /// Columns that a shape reads, or that change what the others mean.
