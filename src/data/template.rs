@@ -66,7 +66,7 @@ impl Template {
         ];
         let tokens = self.special_tokens.iter().map(|(name, token)| (name.as_str(), Value::from(token.as_str())));
         let template = self.environment.get_template(NAME).map_err(|e| describe(&e))?;
-        template.render(variables.into_iter().chain(tokens).collect::<Value>()).map_err(|e| describe(&e))
+        template.render(Value::from_pairs(variables.into_iter().chain(tokens))).map_err(|e| describe(&e))
     }
 }
 
