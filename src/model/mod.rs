@@ -6,6 +6,8 @@ mod decoder;
 pub mod family;
 pub mod generate;
 pub mod packed;
+#[cfg(test)]
+mod tests;
 mod weights;
 
 use std::path::{Path, PathBuf};

@@ -1,0 +1,393 @@
+//! The whole decoder against finite differences and against itself: shared prompts, packing, cache, composed ops.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use candle_core::{DType, Device, Result, Tensor};
+use serde_json::json;
+
+use super::decoder::LayerCache;
+use super::generate::Stop;
+use super::*;
+use crate::adapter::{self, LoraConfig, Targets, peft};
+use crate::ops::check::{close, composed, finite_difference, normal};
+use crate::ops::completion_logps::TokenScore;
+
+/// A tiny model: head width times heads is not the hidden size, so that no transposed matrix would fit.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Tiny {
+    pub(super) key_value_heads: usize,
+    pub(super) tied: bool,
+    pub(super) bias: bool,
+}
+
+pub(super) const GROUPED: Tiny = Tiny { key_value_heads: 2, tied: false, bias: false };
+const TIED_WITH_BIAS: Tiny = Tiny { key_value_heads: 1, tied: true, bias: true };
+const VOCABULARY: usize = 11;
+
+impl Tiny {
+    pub(super) fn config_json(self) -> serde_json::Value {
+        json!({
+            "model_type": "llama", "hidden_size": 6, "intermediate_size": 5, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": self.key_value_heads, "head_dim": 4,
+            "vocab_size": VOCABULARY, "rms_norm_eps": 1e-5, "max_position_embeddings": 256, "rope_theta": 100.0,
+            "tie_word_embeddings": self.tied, "attention_bias": self.bias, "mlp_bias": self.bias,
+        })
+    }
+
+    /// Random weights by Hugging Face's names, large enough that attention and the MLP are far from linear.
+    pub(super) fn weights(self) -> BTreeMap<String, Tensor> {
+        let mut shapes = vec![
+            ("model.embed_tokens.weight".to_owned(), vec![VOCABULARY, 6]),
+            ("model.norm.weight".to_owned(), vec![6]),
+        ];
+        if !self.tied {
+            shapes.push(("lm_head.weight".to_owned(), vec![VOCABULARY, 6]));
+        }
+        let kv = 4 * self.key_value_heads;
+        for layer in 0..2 {
+            for norm in ["input_layernorm", "post_attention_layernorm"] {
+                shapes.push((format!("model.layers.{layer}.{norm}.weight"), vec![6]));
+            }
+            let linears = [
+                ("self_attn.q_proj", 16, 6),
+                ("self_attn.k_proj", kv, 6),
+                ("self_attn.v_proj", kv, 6),
+                ("self_attn.o_proj", 6, 16),
+                ("mlp.gate_proj", 5, 6),
+                ("mlp.up_proj", 5, 6),
+                ("mlp.down_proj", 6, 5),
+            ];
+            for (name, outputs, inputs) in linears {
+                shapes.push((format!("model.layers.{layer}.{name}.weight"), vec![outputs, inputs]));
+                if self.bias {
+                    shapes.push((format!("model.layers.{layer}.{name}.bias"), vec![outputs]));
+                }
+            }
+        }
+        let random = |(seed, (name, shape)): (usize, (String, Vec<usize>))| {
+            let tensor = (normal(seed as u64, shape).expect("made") * 0.5).expect("scaled");
+            let centre = if name.contains("norm") { 1.0 } else { 0.0 };
+            (name, (tensor + centre).expect("moved"))
+        };
+        shapes.into_iter().enumerate().map(random).collect()
+    }
+
+    /// Writes a model folder.
+    pub(super) fn write(self, folder: &Path) {
+        let weights: Vec<_> = self.weights().into_iter().collect();
+        let weights = peft::serialize(&weights).expect("serialised");
+        std::fs::write(folder.join("model.safetensors"), weights).expect("written");
+        std::fs::write(folder.join("config.json"), self.config_json().to_string()).expect("written");
+    }
+
+    fn decoder(self, dtype: DType) -> Decoder {
+        let folder = tempfile::tempdir().expect("a folder");
+        self.write(folder.path());
+        let config = family::read_config(folder.path()).expect("a config");
+        let files = WeightFiles::open(folder.path()).expect("weights");
+        files.decoder(config, dtype, &Console::silent()).expect("they fit")
+    }
+}
+
+/// Adapters of rank 2 on every module, `B` not zero.
+fn adapters(decoder: &Decoder, dropout: f64) -> Adapters {
+    let config = LoraConfig { rank: 2, alpha: 3.0, rslora: false, dropout, targets: Targets::AllLinear };
+    let modules = decoder.config().modules();
+    let mut adapters = adapter::new(&config, &modules, 1, decoder.dtype(), &Device::Cpu).expect("made");
+    let random = |(seed, (_, tensor)): (usize, (String, &Tensor))| {
+        let values =
+            normal(100 + seed as u64, tensor.dims()).and_then(|x| x * 0.4).and_then(|x| x.to_dtype(decoder.dtype()));
+        values.expect("made")
+    };
+    let tensors: Vec<_> = adapters.tensors().enumerate().map(random).collect();
+    adapters.replace(tensors);
+    adapters
+}
+
+/// A prompt and two completions.
+struct Pair {
+    key: u64,
+    prompt: Vec<u32>,
+    branches: [Vec<u32>; 2],
+}
+
+/// Pairs of the given lengths; every token occurs.
+fn pairs(lengths: &[(usize, usize, usize)]) -> Vec<Pair> {
+    let tokens = |seed: usize, length: usize| {
+        (0..length).map(|i| ((seed * 7 + i * i + 3 * i) % VOCABULARY) as u32).collect::<Vec<_>>()
+    };
+    let pair = |(i, &(prompt, a, b)): (usize, &(usize, usize, usize))| Pair {
+        key: i as u64,
+        prompt: tokens(3 * i, prompt),
+        branches: [tokens(3 * i + 1, a), tokens(3 * i + 2, b)],
+    };
+    lengths.iter().enumerate().map(pair).collect()
+}
+
+const SHORT: [(usize, usize, usize); 3] = [(3, 4, 2), (1, 1, 5), (4, 3, 3)];
+
+/// How pairs become rows.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Layout {
+    shared: bool,
+    prompt_span: PromptSpan,
+}
+
+const SHARED: Layout = Layout { shared: true, prompt_span: PromptSpan::No };
+const UNSHARED: Layout = Layout { shared: false, ..SHARED };
+
+fn pack<'p>(pairs: impl IntoIterator<Item = &'p Pair>, layout: Layout) -> Packed {
+    let mut packer = Packer::default();
+    for Pair { key, prompt, branches: [a, b] } in pairs {
+        if layout.shared {
+            packer.push(*key, prompt, &[a, b], layout.prompt_span);
+        } else {
+            packer.push(*key, prompt, &[a], layout.prompt_span);
+            packer.push(*key, prompt, &[b], PromptSpan::No);
+        }
+    }
+    packer.finish()
+}
+
+const DROPOUT_KEY: u64 = 9;
+
+fn forward(decoder: &Decoder, adapters: &Adapters, batch: &Packed) -> Result<Forward> {
+    decoder.forward(batch, Some(adapters), Keep::Activations { dropout_key: DROPOUT_KEY })
+}
+
+/// A slope for each span, as a loss over sums of log-probabilities has, by the span's first target: it goes with the
+/// span wherever that is packed.
+fn slopes(batch: &Packed) -> Vec<f64> {
+    let mut slopes = vec![0.0; batch.targets.len()];
+    for span in &batch.spans {
+        let (length, first) = (span.len() as f64, f64::from(batch.targets.get(span.start).copied().unwrap_or(0)));
+        slopes[span.clone()].fill((length + 2.0 * first).sin());
+    }
+    slopes
+}
+
+fn weighted(scores: &[TokenScore], slopes: &[f64]) -> f64 {
+    scores.iter().zip(slopes).map(|(score, slope)| slope * score.logp).sum()
+}
+
+fn add_gradients(decoder: &Decoder, adapters: &Adapters, batch: &Packed, sum: &mut Gradients) -> Result<()> {
+    let activations = forward(decoder, adapters, batch)?.activations.expect("kept");
+    decoder.backward(batch, adapters, activations, &slopes(batch), sum)
+}
+
+fn gradients(decoder: &Decoder, adapters: &Adapters, batch: &Packed) -> Result<Vec<Tensor>> {
+    let mut sum = Gradients::default();
+    add_gradients(decoder, adapters, batch, &mut sum)?;
+    Ok(sum.in_order(adapters).expect("every tensor has a gradient"))
+}
+
+fn all_close(found: &[Tensor], expected: &[Tensor], tolerance: f64) -> Result<()> {
+    assert_eq!(found.len(), expected.len());
+    found.iter().zip(expected).try_for_each(|(found, expected)| close(found, expected, tolerance))
+}
+
+/// Every element of every adapter tensor.
+fn check_gradients(tiny: Tiny, layout: Layout, dropout: f64) -> Result<()> {
+    let decoder = tiny.decoder(DType::F64);
+    let adapters = adapters(&decoder, dropout);
+    let pairs = pairs(&SHORT);
+    let batch = pack(&pairs, layout);
+    let slopes = slopes(&batch);
+    let gradients = gradients(&decoder, &adapters, &batch)?;
+    let tensors: Vec<Tensor> = adapters.tensors().map(|(_, tensor)| tensor.clone()).collect();
+    for (i, gradient) in gradients.iter().enumerate() {
+        finite_difference(&tensors[i], gradient, |moved| {
+            let mut tensors = tensors.clone();
+            tensors[i] = moved.clone();
+            let mut adapters = adapters.clone();
+            adapters.replace(tensors);
+            let scores = forward(&decoder, &adapters, &batch)?.scores;
+            Tensor::new(weighted(&scores, &slopes), &Device::Cpu)
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn adapter_gradients_agree_with_finite_differences() -> Result<()> {
+    for tiny in [GROUPED, TIED_WITH_BIAS] {
+        for layout in [SHARED, UNSHARED] {
+            check_gradients(tiny, layout, 0.0)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn adapter_gradients_agree_with_finite_differences_when_prompts_are_scored() -> Result<()> {
+    for layout in [SHARED, UNSHARED] {
+        check_gradients(GROUPED, Layout { prompt_span: PromptSpan::Yes, ..layout }, 0.0)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn adapter_gradients_agree_with_finite_differences_under_dropout() -> Result<()> {
+    check_gradients(GROUPED, UNSHARED, 0.4)?;
+    check_gradients(TIED_WITH_BIAS, SHARED, 0.4)
+}
+
+/// Two pairs of more rows than one tile of attention, beside short ones.
+const LONG: [(usize, usize, usize); 4] = [(70, 5, 80), (3, 4, 2), (2, 130, 1), (66, 66, 66)];
+
+/// 1e-12 is a few thousand roundings of f64; the two layouts differ in nothing else.
+#[test]
+fn a_shared_prompt_is_the_same_as_two() -> Result<()> {
+    for tiny in [GROUPED, TIED_WITH_BIAS] {
+        let decoder = tiny.decoder(DType::F64);
+        let adapters = adapters(&decoder, 0.0);
+        let pairs = pairs(&LONG);
+        let (shared, unshared) = (pack(&pairs, SHARED), pack(&pairs, UNSHARED));
+        assert!(shared.ids.len() < unshared.ids.len());
+        assert_eq!((&shared.targets, &shared.spans), (&unshared.targets, &unshared.spans));
+        let (a, b) = (forward(&decoder, &adapters, &shared)?, forward(&decoder, &adapters, &unshared)?);
+        for (a, b) in a.scores.iter().zip(&b.scores) {
+            assert!((a.logp - b.logp).abs() < 1e-12 && (a.entropy - b.entropy).abs() < 1e-12);
+        }
+        let gradients = |batch| gradients(&decoder, &adapters, batch);
+        all_close(&gradients(&shared)?, &gradients(&unshared)?, 1e-12)?;
+    }
+    Ok(())
+}
+
+/// Under dropout too: a row's mask goes by its sequence and position, not by its place in the batch.
+#[test]
+fn neither_order_nor_micro_batches_change_anything() -> Result<()> {
+    let decoder = GROUPED.decoder(DType::F64);
+    for (dropout, layout) in [(0.0, SHARED), (0.4, SHARED), (0.4, UNSHARED)] {
+        let adapters = adapters(&decoder, dropout);
+        let pairs = pairs(&LONG);
+        let together = pack(&pairs, layout);
+        let expected = gradients(&decoder, &adapters, &together)?;
+        let expected_scores = forward(&decoder, &adapters, &together)?.scores;
+
+        let reversed = pack(pairs.iter().rev(), layout);
+        let scores = forward(&decoder, &adapters, &reversed)?.scores;
+        for (i, spans) in reversed.spans.chunks_exact(2).rev().enumerate() {
+            for (span, expected) in spans.iter().zip(&together.spans[2 * i..]) {
+                for (a, b) in scores[span.clone()].iter().zip(&expected_scores[expected.clone()]) {
+                    assert!((a.logp - b.logp).abs() < 1e-12);
+                }
+            }
+        }
+        all_close(&gradients(&decoder, &adapters, &reversed)?, &expected, 1e-12)?;
+
+        let mut sum = Gradients::default();
+        for pair in &pairs {
+            add_gradients(&decoder, &adapters, &pack([pair], layout), &mut sum)?;
+        }
+        all_close(&sum.in_order(&adapters).expect("every tensor has a gradient"), &expected, 1e-12)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn dropout_acts_in_training_only_and_by_its_key() -> Result<()> {
+    let decoder = GROUPED.decoder(DType::F64);
+    let (with, without) = (adapters(&decoder, 0.4), adapters(&decoder, 0.0));
+    let batch = pack(&pairs(&SHORT), SHARED);
+    let scores = |adapters: &Adapters, keep| {
+        Ok::<_, candle_core::Error>(decoder.forward(&batch, Some(adapters), keep)?.scores)
+    };
+    let training = |dropout_key| Keep::Activations { dropout_key };
+    assert_eq!(scores(&with, Keep::Scores)?, scores(&without, Keep::Scores)?);
+    assert_eq!(scores(&with, training(1))?, scores(&with, training(1))?);
+    assert_ne!(scores(&with, training(1))?, scores(&with, training(2))?);
+    assert_ne!(scores(&with, training(1))?, scores(&without, training(1))?);
+    Ok(())
+}
+
+#[test]
+fn the_composed_ops_make_the_same_decoder() -> Result<()> {
+    for tiny in [GROUPED, TIED_WITH_BIAS] {
+        let decoder = tiny.decoder(DType::F64);
+        let adapters = adapters(&decoder, 0.3);
+        let batch = pack(&pairs(&SHORT), Layout { prompt_span: PromptSpan::Yes, ..SHARED });
+        let scores = || Ok(forward(&decoder, &adapters, &batch)?.scores);
+        for (kernel, plain) in scores()?.iter().zip(composed(scores)?) {
+            assert!((kernel.logp - plain.logp).abs() < 1e-12);
+        }
+        let gradients = || gradients(&decoder, &adapters, &batch);
+        all_close(&gradients()?, &composed(gradients)?, 1e-12)?;
+    }
+    Ok(())
+}
+
+/// Whole, token by token, or in pieces; and as [`Decoder::forward`] scores it.
+#[test]
+fn a_cache_changes_nothing() -> Result<()> {
+    for tiny in [GROUPED, TIED_WITH_BIAS] {
+        let decoder = tiny.decoder(DType::F64);
+        let adapters = adapters(&decoder, 0.0);
+        let ids = &pairs(&[(80, 1, 1)])[0].prompt;
+        let width = 4 * tiny.key_value_heads;
+        let logits = |pieces: &[usize]| {
+            let empty = || Tensor::zeros((ids.len(), width), DType::F64, &Device::Cpu);
+            let cache =
+                [LayerCache { keys: empty()?, values: empty()? }, LayerCache { keys: empty()?, values: empty()? }];
+            let (mut filled, mut logits) = (0, None);
+            for &piece in pieces {
+                logits = Some(decoder.step(&ids[filled..filled + piece], filled, &cache, Some(&adapters))?);
+                filled += piece;
+            }
+            assert_eq!(filled, ids.len());
+            Ok::<_, candle_core::Error>(logits.expect("at least one piece"))
+        };
+        let whole = logits(&[80])?;
+        close(&logits(&[1; 80])?, &whole, 1e-12)?;
+        close(&logits(&[66, 1, 12, 1])?, &whole, 1e-12)?;
+
+        let tokens: Vec<u32> = (0..VOCABULARY as u32).collect();
+        let mut packer = Packer::default();
+        packer.push(0, ids, &tokens.chunks(1).collect::<Vec<_>>(), PromptSpan::No);
+        let scores = decoder.forward(&packer.finish(), Some(&adapters), Keep::Scores)?.scores;
+        let logps: Vec<f64> = scores.iter().map(|score| score.logp).collect();
+        let log_sum_exp = whole.log_sum_exp(0)?;
+        close(&whole.broadcast_sub(&log_sum_exp)?, &Tensor::new(logps, &Device::Cpu)?, 1e-12)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn an_answer_ends_at_the_models_longest_position() -> Result<()> {
+    let decoder = GROUPED.decoder(DType::F32);
+    let adapters = adapters(&decoder, 0.0);
+    let model = Model::new(decoder, adapters);
+    let stop = Stop { tokens: &[], max_new_tokens: 50 };
+    for (prompt, expected) in [(250, 6), (256, 0), (300, 0)] {
+        let answer = model.generate(&pairs(&[(prompt, 1, 1)])[0].prompt, Adapter::On, &stop)?;
+        assert_eq!(answer.len(), expected);
+    }
+    Ok(())
+}
+
+/// At the start of every run the policy is the reference: the loss is exactly what its formula gives at zero.
+#[test]
+fn with_b_zero_the_policy_is_the_reference_bit_for_bit() -> Result<()> {
+    for tiny in [GROUPED, TIED_WITH_BIAS] {
+        let decoder = tiny.decoder(DType::F32);
+        let config = LoraConfig { rank: 2, alpha: 3.0, rslora: false, dropout: 0.0, targets: Targets::AllLinear };
+        let adapters = adapter::new(&config, &decoder.config().modules(), 1, DType::F32, &Device::Cpu).expect("made");
+        let batch = pack(&pairs(&LONG), SHARED);
+        let on = forward(&decoder, &adapters, &batch)?.scores;
+        assert_eq!(on, decoder.forward(&batch, None, Keep::Scores)?.scores);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_token_outside_the_vocabulary_is_an_error() {
+    let decoder = GROUPED.decoder(DType::F32);
+    for (prompt, completion) in [([11], [1]), ([1], [11])] {
+        let mut packer = Packer::default();
+        packer.push(0, &prompt, &[&completion], PromptSpan::No);
+        let error = decoder.forward(&packer.finish(), None, Keep::Scores).expect_err("11 is one too many");
+        assert!(error.to_string().contains("token 11 is outside the model's vocabulary of 11"), "{error}");
+    }
+}
