@@ -27,7 +27,7 @@ macro_rules! ranged {
             type Error = String;
             fn try_from(value: f64) -> Result<Self, String> {
                 let valid: fn(f64) -> bool = $valid;
-                if valid(value) { Ok(Self(value)) } else { Err(format!(concat!("{} is ", $says), value)) }
+                if valid(value) { Ok(Self(value)) } else { Err(format!(concat!("{} is not ", $says), value)) }
             }
         }
 
@@ -41,19 +41,19 @@ macro_rules! ranged {
 
 ranged!(
     /// A finite number above zero.
-    Positive, |x| x.is_finite() && x > 0.0, "not above zero"
+    Positive, |x| x.is_finite() && x > 0.0, "above zero"
 );
 ranged!(
     /// A finite number, zero or above.
-    NonNegative, |x| x.is_finite() && x >= 0.0, "not zero or above"
+    NonNegative, |x| x.is_finite() && x >= 0.0, "zero or above"
 );
 ranged!(
     /// A share, from zero to below one.
-    Share, |x| (0.0..1.0).contains(&x), "not a share: 0 or above and below 1"
+    Share, |x| (0.0..1.0).contains(&x), "a share: 0 or above and below 1"
 );
 ranged!(
     /// A share of wrong labels, from zero to below one half.
-    Smoothing, |x| (0.0..0.5).contains(&x), "not from 0 to below 0.5"
+    Smoothing, |x| (0.0..0.5).contains(&x), "from 0 to below 0.5"
 );
 /// A count of at least one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

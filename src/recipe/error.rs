@@ -49,6 +49,9 @@ pub(super) fn reword(message: &str, place: &str) -> (String, Option<String>) {
     let quoted: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
     if message.starts_with("unknown field") && !quoted.is_empty() {
         let (written, known) = (quoted[0], &quoted[1..]);
+        if known.contains(&"model") {
+            return (format!("unknown table [{written}]"), Some(suggestion(written, known, "tables")));
+        }
         return (format!("unknown key `{written}` in {place}"), Some(suggestion(written, known, "keys")));
     }
     if message.starts_with("unknown variant") && !quoted.is_empty() {
@@ -67,29 +70,29 @@ pub(super) fn reword(message: &str, place: &str) -> (String, Option<String>) {
             place => (format!("`{missing}` is missing in {place}"), Some(format!("add `{missing} = ...` to {place}"))),
         };
     }
-    if let Some((found, expected)) =
-        message.strip_prefix("invalid type: ").and_then(|rest| rest.split_once(", expected "))
-    {
-        let expected = match expected {
-            "f64" | "f32" => "a number",
-            "u64" | "usize" | "u32" | "i64" => "a whole number",
-            "a boolean" => "true or false",
-            "a string" | "path string" => "text in quotes",
-            other => match other.strip_prefix("struct ") {
-                Some(_) => "a table",
-                None => other,
-            },
+    let mismatch = message.strip_prefix("invalid type: ").or_else(|| message.strip_prefix("invalid value: "));
+    if let Some((found, expected)) = mismatch.and_then(|rest| rest.split_once(", expected ")) {
+        let (expected, example) = match expected {
+            "f64" | "f32" => ("a number", "0.1"),
+            "u64" | "usize" | "u32" | "i64" => ("a whole number", "8"),
+            "a boolean" => ("true or false", "true"),
+            "a string" | "path string" => ("text in quotes", "\"...\""),
+            other if other.starts_with("struct ") => ("a table", "{ ... }"),
+            other => (other, ""),
         };
-        return (format!("{place} has to be {expected}, not {found}"), None);
+        let found = found.replace("map", "a table").replace("sequence", "a list");
+        let found = found.replace("string ", "the text ").replace("floating point", "the fraction");
+        let found = found.replace("integer ", "the number ").replace("boolean ", "");
+        let key = place.trim_matches('`');
+        let key = key.strip_prefix("--set ").and_then(|set| set.split('=').next()).unwrap_or(key);
+        let help = if example.is_empty() { None } else { Some(format!("for example {key} = {example}")) };
+        return (format!("{place} has to be {expected}, not {found}"), help);
     }
-    if let Some((found, expected)) =
-        message.strip_prefix("invalid value: ").and_then(|rest| rest.split_once(", expected "))
+    // what range.rs says of a number
+    if let Some((value, range)) = message.split_once(" is not ")
+        && value.parse::<f64>().is_ok()
     {
-        let expected = match expected {
-            "u64" | "usize" | "u32" => "a whole number of at least 0",
-            other => other,
-        };
-        return (format!("{place} has to be {expected}, not {found}"), None);
+        return (format!("{place} is out of range: {value}"), Some(format!("it has to be {range}")));
     }
     (message.to_owned(), None)
 }

@@ -112,7 +112,8 @@ pub fn parse(
     let mut tables = Vec::new();
     for text in &padded {
         tables.push(DeTable::parse(text).map_err(|error| {
-            sources.error(error.span().unwrap_or(0..0), error.message().to_owned(), None)
+            let help = "here the file stops to be TOML: `key = value`, text in quotes, each key once in its [table]";
+            sources.error(error.span().unwrap_or(0..0), error.message().to_owned(), Some(help.to_owned()))
         })?);
     }
     let mut tables = tables.into_iter();
@@ -226,7 +227,7 @@ fn one_loss(given: &DeTable<'_>, sources: &Sources) -> Result<(), RecipeError> {
     match value.get_ref() {
         DeValue::Table(losses) if losses.len() == 1 => Ok(()),
         DeValue::Table(losses) => {
-            let span = losses.keys().next_back().map_or(key.span(), Spanned::span);
+            let span = losses.keys().map(Spanned::span).max_by_key(|span| span.start).unwrap_or(key.span());
             let problem = if losses.is_empty() { "there is no loss in [loss]" } else { "there are several losses" };
             Err(sources.error(span, problem.to_owned(), Some(help.to_owned())))
         }
