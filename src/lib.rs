@@ -1,9 +1,37 @@
-//! dpo-lora
+//! Preference-tuning of language models with LoRA adapters: DPO, IPO, KTO, ORPO and SFT on a frozen base that is
+//! loaded once and, with its adapters off, is its own reference.
+//!
+//! ```text
+//! recipe ─► data ─► packed batches ─► model (forward, backward by hand) ─► losses ─► optimizer ─► run folder
+//! ```
+//!
+//! | module | what is there |
+//! |---|---|
+//! | [`commands`] | what the binary does; the only place that joins stages |
+//! | [`recipe`] | the TOML recipe: config structs composed, overrides, errors with positions |
+//! | [`data`] | preference files to token ids: row shapes, chat templates, boundaries, truncation |
+//! | [`model`] | the decoder, model families, weights, packed batches, generation |
+//! | [`ops`] | its operators, each a forward and a backward |
+//! | [`adapter`] | LoRA and PEFT's files |
+//! | [`loss`] | one file a loss |
+//! | [`train`] | updates, optimizer, schedule, evaluation, checkpoints |
+//! | [`run_folder`] | what a run leaves behind |
+//!
+//! `examples/dpo_step_by_step.rs` derives the losses for a newcomer.
+
 pub mod adapter;
+pub mod cli;
+pub mod commands;
+pub mod data;
 pub mod files;
+pub mod interrupt;
+pub mod loss;
 pub mod model;
 pub mod ops;
 pub mod progress;
 pub mod range;
+pub mod recipe;
+pub mod run_folder;
 mod suggest;
 pub mod tensor_file;
+pub mod train;

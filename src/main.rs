@@ -1,2 +1,25 @@
-//! x
-fn main() {}
+//! The binary: arguments in, exit code out.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use dpo_lora::cli::{Cli, Command};
+use dpo_lora::commands::{self, Failure};
+
+fn main() -> ExitCode {
+    // a usage error ends the process with 2, as every other wrong request does
+    let cli = Cli::parse();
+    let outcome = match &cli.command {
+        Command::Run(run) => commands::run::run(run),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            match &failure {
+                Failure::Failed(report) | Failure::Request(report) => eprintln!("{report:?}"),
+                Failure::Interrupted(_) => {}
+            }
+            failure.exit_code()
+        }
+    }
+}

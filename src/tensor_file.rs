@@ -80,6 +80,11 @@ impl TensorFile {
         self.map.len()
     }
 
+    /// The file's bytes, in pieces of a size that a progress bar can show.
+    pub fn chunks(&self) -> impl Iterator<Item = &[u8]> {
+        self.map.chunks(16 << 20)
+    }
+
     /// Names of all tensors, sorted.
     #[must_use]
     pub fn names(&self) -> Vec<String> {

@@ -85,6 +85,13 @@ impl Adapters {
         self.config.dropout
     }
 
+    /// The same adapters with another dropout.
+    #[must_use]
+    pub fn with_dropout(mut self, dropout: f64) -> Self {
+        self.config.dropout = dropout;
+        self
+    }
+
     /// The trainable tensors by name, in order: `<module>.lora_A`, `<module>.lora_B` of each module.
     pub fn tensors(&self) -> impl Iterator<Item = (String, &Tensor)> {
         self.iter().flat_map(|lora| {

@@ -60,6 +60,18 @@ impl WeightFiles {
         self.files.iter().map(TensorFile::path)
     }
 
+    /// A hash of all files, which names the base.
+    #[must_use]
+    pub fn fingerprint(&self, console: &Console) -> String {
+        let bar = console.bytes_bar("hashing weights", self.files.iter().map(|f| f.num_bytes() as u64).sum());
+        let mut hasher = blake3::Hasher::new();
+        for chunk in self.files.iter().flat_map(TensorFile::chunks) {
+            hasher.update(chunk);
+            bar.advance(chunk.len() as u64);
+        }
+        hasher.finalize().to_string()
+    }
+
     /// Reads all weights of a decoder as `dtype` (F32 or F64) onto the CPU.
     ///
     /// # Errors

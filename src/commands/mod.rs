@@ -1,0 +1,40 @@
+//! What the binary does. Each command joins stages and reads like its user story; nothing else joins them.
+
+pub mod run;
+
+use std::process::ExitCode;
+
+use miette::{Diagnostic, Report};
+
+/// Why a command did not end well, by exit code.
+#[derive(Debug)]
+pub enum Failure {
+    /// The run failed: 1.
+    Failed(Report),
+    /// The request was wrong: 2. Nothing was begun and nothing written.
+    Request(Report),
+    /// Somebody asked to stop, and what there was is saved: 130 or 143.
+    Interrupted(u8),
+}
+
+impl Failure {
+    /// Exit code of the process.
+    #[must_use]
+    pub fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Failed(_) => ExitCode::from(1),
+            Self::Request(_) => ExitCode::from(2),
+            Self::Interrupted(code) => ExitCode::from(*code),
+        }
+    }
+}
+
+/// For errors that say that the request was wrong.
+fn request<E: Diagnostic + Send + Sync + 'static>(error: E) -> Failure {
+    Failure::Request(Report::new(error))
+}
+
+/// For errors of a run that was rightly asked for.
+fn failed<E: Diagnostic + Send + Sync + 'static>(error: E) -> Failure {
+    Failure::Failed(Report::new(error))
+}

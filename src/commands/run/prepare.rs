@@ -1,0 +1,299 @@
+//! Everything that has to be right before the first update. What is wrong here is a wrong request: nothing has been
+//! written yet.
+
+use std::env;
+use std::path::{Path, PathBuf};
+
+use candle_core::DType;
+use jiff::Zoned;
+use miette::{Diagnostic, miette};
+use thiserror::Error;
+
+use super::super::{Failure, failed, request};
+use crate::adapter::{self, AdapterConfig, Adapters, LoraConfig, peft};
+use crate::cli;
+use crate::data::{self, Codec, Dataset, Wanted};
+use crate::files;
+use crate::loss::Loss;
+use crate::model::{Model, ModelError, WeightFiles, family};
+use crate::progress::{Console, short, thousands};
+use crate::recipe::{self, Inputs, Parsed, Resolved};
+use crate::run_folder::RunFolder;
+use crate::train::checkpoint::{self, Fingerprints, State};
+use crate::train::Progress;
+
+/// A run folder and the recipe in it.
+#[derive(Debug)]
+pub(super) struct Run {
+    pub(super) folder: RunFolder,
+    pub(super) resolved: Resolved,
+}
+
+/// What a run is made of.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    pub(super) run: Run,
+    pub(super) model: Model,
+    pub(super) loss: Loss,
+    pub(super) codec: Codec,
+    pub(super) train: Dataset,
+    pub(super) eval: Option<Dataset>,
+    /// What PEFT's files call the base.
+    pub(super) base_name: String,
+    pub(super) fingerprints: Fingerprints,
+    /// The checkpoint to go on from.
+    pub(super) resumed: Option<(State, Progress)>,
+}
+
+#[derive(Debug, Error, Diagnostic)]
+enum RequestError {
+    #[error("no recipe is named")]
+    #[diagnostic(help("dpo-lora run RECIPE.toml, or dpo-lora run --resume RUN"))]
+    NoRecipe,
+    #[error("--resume names no run folder")]
+    #[diagnostic(help("dpo-lora run --resume RUN, or dpo-lora run RECIPE.toml --out RUN --resume"))]
+    NoRun,
+    #[error("--out {} and --resume {} are different folders", out.display(), resume.display())]
+    TwoFolders { out: PathBuf, resume: PathBuf },
+    #[error("{} has no checkpoint to go on from", .0.display())]
+    #[diagnostic(help("the run ended before its first one: remove the folder and run the recipe again"))]
+    NoCheckpoint(PathBuf),
+    #[error("`{key}` is not what it was when {} was begun", run.display())]
+    #[diagnostic(help(
+        "it was {was} and is {is}; resume without a recipe, `dpo-lora run --resume {}`, or start a new run",
+        run.display()
+    ))]
+    RecipeChanged { key: String, was: String, is: String, run: PathBuf },
+    #[error("{what} has token {id}, and the model's vocabulary ends at {}", vocabulary - 1)]
+    #[diagnostic(help("tokenizer.json and config.json in {} do not belong together", model.display()))]
+    TokenOutside { what: &'static str, id: u32, vocabulary: usize, model: PathBuf },
+}
+
+pub(super) fn prepare(arguments: &cli::Run, console: &Console) -> Result<Prepared, Failure> {
+    let working_directory =
+        env::current_dir().map_err(|e| Failure::Request(miette!("there is no working directory: {e}")))?;
+    let resumed = run_to_resume(arguments)?;
+    let path = match (&resumed, &arguments.recipe) {
+        (_, Some(recipe)) => recipe.clone(),
+        (Some(run), None) => run.resolved_recipe(),
+        (None, None) => return Err(request(RequestError::NoRecipe)),
+    };
+    let parsed = recipe::load(&path, &arguments.overrides, &working_directory).map_err(request)?;
+    console.fact("recipe", path.display());
+    let out = match &resumed {
+        Some(run) => absolute(run.path(), &working_directory),
+        None => {
+            let out = arguments.out.as_ref().map(|out| absolute(out, &working_directory));
+            let default = || working_directory.join("runs").join(default_name(&path));
+            let out = out.or_else(|| parsed.recipe.run.out.clone()).unwrap_or_else(default);
+            RunFolder::check_free(&out).map_err(request)?;
+            out
+        }
+    };
+
+    let recipe = &parsed.recipe;
+    let source = &recipe.model.source;
+    crate::model::check_folder(source).map_err(|e| in_recipe(e, &parsed))?;
+    let decoder_config = family::read_config(source).map_err(request)?;
+    let modules = decoder_config.modules();
+    // before any data is read: names that match nothing are a matter of the recipe
+    let lora = lora_config(&recipe.adapter)?;
+    lora.targets.select(&modules).map_err(request)?;
+
+    let codec = Codec::open(source, recipe.data.chat_template.as_deref()).map_err(request)?;
+    let loss = recipe.loss.clone();
+    let load = |sources, keep_pairs| {
+        let wanted = Wanted { examples: loss.examples(), keep_pairs };
+        data::load(sources, &recipe.data, &codec, wanted, console).map_err(request)
+    };
+    let train = load(&recipe.data.train, false)?;
+    tell_data(console, "train", &train);
+    let eval = match &recipe.data.eval {
+        Some(eval) => {
+            let eval = load(eval, true)?;
+            tell_data(console, "held out", &eval);
+            Some(eval)
+        }
+        None => None,
+    };
+    let outside = |what, dataset: &Dataset| {
+        let id = dataset.facts().largest_id;
+        let vocabulary = decoder_config.vocab_size;
+        let error = || RequestError::TokenOutside { what, id, vocabulary, model: source.clone() };
+        if (id as usize) < vocabulary { Ok(()) } else { Err(request(error())) }
+    };
+    outside("the training data", &train)?;
+    eval.as_ref().map_or(Ok(()), |eval| outside("the held-out data", eval))?;
+
+    let inputs = Inputs {
+        out: &out,
+        epoch_examples: train.epoch(0, recipe.train.seed, recipe.train.shuffle).len(),
+        decoder: &decoder_config,
+        lora: &lora,
+    };
+    let resolved = Resolved::new(&parsed, &inputs).map_err(request)?;
+    let parameters = decoder_config.num_parameters();
+    let decoder = Model::load_decoder(source, console).map_err(request)?;
+    console.fact("model", format_args!("{} parameters, {}", short(parameters), source.display()));
+    let fingerprints = Fingerprints {
+        data: train.fingerprint().to_string(),
+        base: WeightFiles::open(source).map_err(request)?.fingerprint(console),
+    };
+
+    let (adapters, resumed, folder) = match resumed {
+        Some(folder) => {
+            unchanged(&folder, &resolved)?;
+            let newest = checkpoint::list(folder.path()).pop();
+            let newest = newest.ok_or_else(|| request(RequestError::NoCheckpoint(folder.path().to_owned())))?;
+            let (state, adapters, progress) =
+                checkpoint::load(&newest, &modules, &train, &fingerprints).map_err(request)?;
+            let adapters = adapters.with_dropout(lora.dropout);
+            console.fact("resume", format_args!("after update {}", state.step));
+            (adapters, Some((state, progress)), folder)
+        }
+        None => {
+            let adapters = new_adapters(&recipe.adapter, &lora, &modules, recipe.train.seed)?;
+            let folder = RunFolder::create(&out).map_err(failed)?;
+            write_recipes(&folder, &parsed, &resolved)?;
+            (adapters, None, folder)
+        }
+    };
+    let trainable = adapters.num_parameters();
+    console.fact(
+        "adapter",
+        format_args!(
+            "rank {}, alpha {}, on {} modules: {} trainable parameters, {:.1} % of the base",
+            lora.rank,
+            lora.alpha,
+            adapters.iter().count(),
+            short(trainable),
+            100.0 * trainable as f64 / parameters as f64
+        ),
+    );
+    let plan = &resolved.plan;
+    let beta = loss.beta().map_or(String::new(), |beta| format!(", beta {beta}"));
+    console.fact("loss", format_args!("{}{beta}", loss.name()));
+    console.fact(
+        "plan",
+        format_args!(
+            "{} updates of {}, learning rate {} ({}), at most {} tokens at once",
+            thousands(plan.steps),
+            plan.batch_size,
+            plan.learning_rate,
+            format!("{:?}", plan.schedule).to_lowercase(),
+            thousands(plan.micro_batch_tokens),
+        ),
+    );
+    console.fact("run", folder.path().display());
+    let base_name = source.display().to_string();
+    let model = Model::new(decoder, adapters);
+    let run = Run { folder, resolved };
+    Ok(Prepared { run, model, loss, codec, train, eval, base_name, fingerprints, resumed })
+}
+
+/// The folder to go on in, if that was asked for.
+fn run_to_resume(arguments: &cli::Run) -> Result<Option<RunFolder>, Failure> {
+    let Some(resume) = &arguments.resume else { return Ok(None) };
+    let folder = match (resume, &arguments.out) {
+        (Some(resume), Some(out)) if resume != out => {
+            return Err(request(RequestError::TwoFolders { out: out.clone(), resume: resume.clone() }));
+        }
+        (Some(folder), _) | (None, Some(folder)) => folder,
+        (None, None) => return Err(request(RequestError::NoRun)),
+    };
+    RunFolder::open(folder).map(Some).map_err(request)
+}
+
+/// `quickstart-20260102-150405`
+fn default_name(recipe: &Path) -> String {
+    let stem = recipe.file_stem().unwrap_or_default().to_string_lossy();
+    format!("{stem}-{}", Zoned::now().strftime("%Y%m%d-%H%M%S"))
+}
+
+fn absolute(path: &Path, working_directory: &Path) -> PathBuf {
+    working_directory.join(path)
+}
+
+/// A model folder that is not there is a mistake in the recipe.
+fn in_recipe(error: ModelError, parsed: &Parsed) -> Failure {
+    match error {
+        ModelError::NoFolder(folder, help) => {
+            request(parsed.error("model.source", format!("there is no folder {}", folder.display()), Some(help)))
+        }
+        other => request(other),
+    }
+}
+
+fn lora_config(config: &AdapterConfig) -> Result<LoraConfig, Failure> {
+    let Some(init) = &config.init else { return Ok(config.lora()) };
+    let brought = peft::load_config(init).map_err(request)?;
+    Ok(LoraConfig { dropout: config.dropout.map_or(brought.dropout, |dropout| dropout.get()), ..brought })
+}
+
+fn new_adapters(
+    config: &AdapterConfig,
+    lora: &LoraConfig,
+    modules: &[crate::model::Module],
+    seed: u64,
+) -> Result<Adapters, Failure> {
+    let adapters = match &config.init {
+        Some(init) => peft::load(init, modules, DType::F32).map(|adapters| adapters.with_dropout(lora.dropout)),
+        None => adapter::new(lora, modules, seed, DType::F32, &candle_core::Device::Cpu),
+    };
+    adapters.map_err(request)
+}
+
+fn write_recipes(folder: &RunFolder, parsed: &Parsed, resolved: &Resolved) -> Result<(), Failure> {
+    let text = resolved.toml(parsed).map_err(|e| Failure::Failed(miette!("cannot write the resolved recipe: {e}")))?;
+    files::write(&folder.recipe(), parsed.text.as_bytes()).map_err(failed)?;
+    files::write(&folder.resolved_recipe(), text.as_bytes()).map_err(failed)
+}
+
+/// Refuses to go on with another recipe than the run was begun with.
+fn unchanged(folder: &RunFolder, resolved: &Resolved) -> Result<(), Failure> {
+    let path = folder.resolved_recipe();
+    let then = recipe::load(&path, &[], folder.path()).map_err(request)?.recipe;
+    let values = |recipe: &recipe::Recipe| toml::Table::try_from(recipe).map(toml::Value::Table);
+    let (Ok(mut was), Ok(mut is)) = (values(&then), values(&resolved.recipe)) else { return Ok(()) };
+    for values in [&mut was, &mut is] {
+        if let Some(run) = values.get_mut("run").and_then(toml::Value::as_table_mut) {
+            // the folder may have been moved, and what is kept of it does not change the result
+            run.retain(|_, _| false);
+        }
+    }
+    match difference("", &was, &is) {
+        None => Ok(()),
+        Some((key, was, is)) => {
+            Err(request(RequestError::RecipeChanged { key, was, is, run: folder.path().to_owned() }))
+        }
+    }
+}
+
+/// The first key at which two tables differ, and both values.
+fn difference(prefix: &str, was: &toml::Value, is: &toml::Value) -> Option<(String, String, String)> {
+    let (Some(a), Some(b)) = (was.as_table(), is.as_table()) else {
+        return (was != is).then(|| (prefix.to_owned(), was.to_string(), is.to_string()));
+    };
+    let mut keys: Vec<&String> = a.keys().chain(b.keys()).collect();
+    keys.sort_unstable();
+    keys.dedup();
+    keys.into_iter().find_map(|key| {
+        let path = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+        match (a.get(key), b.get(key)) {
+            (Some(was), Some(is)) => difference(&path, was, is),
+            (was, is) => {
+                let text = |value: Option<&toml::Value>| value.map_or("not given".into(), ToString::to_string);
+                Some((path, text(was), text(is)))
+            }
+        }
+    })
+}
+
+fn tell_data(console: &Console, name: &str, dataset: &Dataset) {
+    console.fact(name, dataset.facts());
+    let drops = dataset.drops();
+    if drops.total() > 0 {
+        let first = drops.listed().first().map_or("", |drop| &drop.origin);
+        console.fact("", format_args!("left out: {drops} (the first is {first}; summary.json lists them)"));
+    }
+}

@@ -1,0 +1,118 @@
+//! What a run came to: `summary.json`, and a table for the person who waited for it.
+
+use std::fs;
+
+use serde_json::{Map, Value, json};
+
+use super::Sample;
+use super::prepare::Prepared;
+use crate::adapter::peft;
+use crate::data::Dataset;
+use crate::progress::{Console, duration};
+use crate::run_folder::RunFolder;
+use crate::train::{Metrics, Trainer};
+
+pub(super) struct Summary<'s> {
+    pub(super) prepared: &'s Prepared,
+    pub(super) trainer: &'s Trainer<'s>,
+    pub(super) before: Option<&'s Metrics>,
+    pub(super) after: Option<&'s Metrics>,
+    pub(super) seconds: f64,
+}
+
+impl Summary<'_> {
+    pub(super) fn json(&self) -> Value {
+        let Prepared { run, loss, train, eval, fingerprints, base_name, model, .. } = self.prepared;
+        let adapters = self.trainer.model().adapters();
+        let adapter = peft::tensor_bytes(adapters).map(|bytes| blake3::hash(&bytes).to_string()).ok();
+        let metrics = |metrics: Option<&Metrics>| metrics.map(Metrics::json);
+        json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "run": run.folder.path(),
+            "model": base_name,
+            "loss": loss.name(),
+            "before": metrics(self.before),
+            "after": metrics(self.after),
+            "steps": self.trainer.step(),
+            "num_tokens": self.trainer.num_tokens(),
+            "seconds": self.seconds,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "parameters": { "base": model.decoder().config().num_parameters(), "trainable": adapters.num_parameters() },
+            "data": { "train": rows(train), "eval": eval.as_ref().map(rows) },
+            "hashes": { "base": fingerprints.base, "train": fingerprints.data, "adapter": adapter },
+        })
+    }
+
+    /// The same for people.
+    pub(super) fn tell(&self, samples: &[Sample], console: &Console) {
+        if let (Some(before), Some(after)) = (self.before, self.after) {
+            console.line(format_args!("\n{:<30}{:>10}{:>10}", "held out", "before", "after"));
+            let shown = [
+                ("logps/accuracies", "prefers chosen", 3),
+                ("rewards/accuracies", "reward accuracy", 3),
+                ("rewards/margins", "reward margin", 3),
+                ("loss", "loss", 4),
+                ("logps/chosen", "log-prob of chosen", 1),
+                ("logps/rejected", "log-prob of rejected", 1),
+                ("perplexity", "perplexity of chosen", 2),
+                ("kl_to_reference", "KL to the reference a token", 4),
+            ];
+            for (name, label, digits) in shown {
+                if let (Some(before), Some(after)) = (before.get(name), after.get(name)) {
+                    console.line(format_args!("{label:<30}{before:>10.digits$}{after:>10.digits$}"));
+                }
+            }
+        }
+        for sample in samples.iter().take(2) {
+            console.line(format_args!("\nprompt   {}", one_line(&sample.prompt)));
+            console.line(format_args!("base     {}", one_line(&sample.base)));
+            console.line(format_args!("policy   {}", one_line(&sample.policy)));
+        }
+        let folder = self.prepared.run.folder.path();
+        console.line(format_args!(
+            "\n{} updates in {}; the adapter is in {}",
+            self.trainer.step(),
+            duration(self.seconds),
+            folder.join("adapter").display()
+        ));
+    }
+}
+
+fn one_line(text: &str) -> String {
+    const LONGEST: usize = 300;
+    let mut line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    if let Some((end, _)) = line.char_indices().nth(LONGEST) {
+        line.truncate(end);
+        line.push_str(" ...");
+    }
+    line
+}
+
+fn rows(dataset: &Dataset) -> Value {
+    let drops = dataset.drops();
+    json!({ "facts": dataset.facts(), "dropped": drops.counts(), "dropped_rows": drops.listed() })
+}
+
+/// The held-out metrics before the first update, from the first line of `metrics.jsonl`.
+pub(super) fn read_before(run: &RunFolder) -> Option<Metrics> {
+    let text = fs::read_to_string(run.metrics()).ok()?;
+    let line: Map<String, Value> = serde_json::from_str(text.lines().next()?).ok()?;
+    if line.get("step")?.as_u64()? != 0 {
+        return None;
+    }
+    let mut metrics = Metrics::default();
+    for (name, value) in &line {
+        if let Some(name) = name.strip_prefix("eval_") {
+            metrics.push(name, value.as_f64().unwrap_or(f64::NAN));
+        }
+    }
+    Some(metrics)
+}
+
+/// The most memory this process had at once, where the system says so.
+fn peak_memory_bytes() -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}

@@ -1,0 +1,273 @@
+//! A model's tokenizer, special tokens and chat template: all that turns text into ids and back.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+use tokenizers::{AddedToken, Tokenizer};
+
+use super::DataError;
+use super::dataset::DropReason;
+use super::format::{Bad, Message};
+use super::template::Template;
+use crate::files::{self, WriteError};
+use crate::tensor_file::read_text;
+
+/// Files that belong to a tokenizer, where they exist.
+const FILES: [&str; 8] = [
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    SPECIAL_TOKENS,
+    TEMPLATE,
+    "tokenizer.model",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+];
+const TOKENIZER: &str = "tokenizer.json";
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+const SPECIAL_TOKENS: &str = "special_tokens_map.json";
+const TEMPLATE: &str = "chat_template.jinja";
+
+/// A model's tokenizer, special tokens and chat template.
+#[derive(Debug)]
+pub struct Codec {
+    tokenizer: Tokenizer,
+    /// What the tokenizer puts before a text: the BOS, or nothing.
+    prefix: Vec<u32>,
+    eos: u32,
+    stop_tokens: Vec<u32>,
+    /// Texts of the tokens that may end a turn.
+    special: Vec<String>,
+    template: Option<Template>,
+    /// The template was given, and takes the place of the model's own.
+    overridden: bool,
+    files: Vec<PathBuf>,
+}
+
+impl Codec {
+    /// Opens the tokenizer of a model folder. `chat_template` is a Jinja file that takes the place of the model's own.
+    ///
+    /// # Errors
+    /// A file is missing or broken, no EOS is named, or the template does not parse.
+    pub fn open(model_folder: &Path, chat_template: Option<&Path>) -> Result<Self, DataError> {
+        let path = |name: &str| model_folder.join(name);
+        let file = path(TOKENIZER);
+        if !file.exists() && path("tokenizer.model").exists() {
+            let help = "transformers writes one: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)";
+            return Err(DataError::file(&file, "does not exist beside tokenizer.model").help(help));
+        }
+        let mut tokenizer = Tokenizer::from_bytes(read_text(&file)?).map_err(|e| {
+            DataError::file(&file, format!("is no valid tokenizer: {e}")).help("fetch the file again")
+        })?;
+        // a limit that was saved by accident would silently cut every text
+        let _ = tokenizer.with_padding(None).with_truncation(None);
+
+        let config = read_object(&path(TOKENIZER_CONFIG))?;
+        let map = read_object(&path(SPECIAL_TOKENS))?;
+        let special_tokens = special_tokens(&config, &map);
+        let named = |name: &str| special_tokens.iter().find(|(n, _)| n == name).map(|(_, token)| token.as_str());
+        let eos_token = named("eos_token").ok_or_else(|| {
+            DataError::file(&path(TOKENIZER_CONFIG), "names no eos_token, so no completion could ever end")
+                .help("add \"eos_token\": \"...\" with the token that ends an answer")
+        })?;
+        let eos = tokenizer.token_to_id(eos_token).ok_or_else(|| {
+            let problem = format!("names {eos_token:?} as eos_token, which the tokenizer does not have");
+            DataError::file(&path(TOKENIZER_CONFIG), problem)
+        })?;
+        // transformers makes every named token special, whatever tokenizer.json says
+        let known = special_tokens.iter().filter(|(_, token)| tokenizer.token_to_id(token).is_some());
+        let known: Vec<AddedToken> = known.map(|(_, token)| AddedToken::from(token.as_str(), true)).collect();
+        tokenizer
+            .add_special_tokens(known)
+            .map_err(|e| DataError::file(&file, format!("does not take its special tokens: {e}")))?;
+        let added = tokenizer.get_added_tokens_decoder();
+        let mut special: Vec<String> = added.values().map(|token| token.content.clone()).collect();
+        special.sort_unstable();
+
+        let prefix = prefix(&tokenizer).map_err(|e| DataError::file(&file, e))?;
+        let template = match chat_template {
+            Some(file) => Some((file.to_owned(), read_text(file)?)),
+            None => own_template(model_folder, &config)?,
+        };
+        let template = template
+            .map(|(file, source)| {
+                Template::new(&source, special_tokens.clone())
+                    .map_err(|e| DataError::file(&file, format!("the chat template does not parse: {e}")))
+            })
+            .transpose()?;
+
+        let mut stop_tokens = vec![eos];
+        let mut generation = read_object(&path("generation_config.json"))?;
+        if !generation.contains_key("eos_token_id") {
+            generation = read_object(&path("config.json"))?;
+        }
+        let more = match generation.get("eos_token_id") {
+            Some(Value::Array(ids)) => ids.as_slice(),
+            Some(id) => std::slice::from_ref(id),
+            None => &[],
+        };
+        for id in more.iter().filter_map(Value::as_u64).filter_map(|id| u32::try_from(id).ok()) {
+            if !stop_tokens.contains(&id) {
+                stop_tokens.push(id);
+            }
+        }
+        let files = FILES.iter().map(|name| path(name)).filter(|path| path.is_file()).collect();
+        Ok(Self {
+            tokenizer,
+            prefix,
+            eos,
+            stop_tokens,
+            special,
+            template,
+            overridden: chat_template.is_some(),
+            files,
+        })
+    }
+
+    /// Text of `ids`, special tokens left out.
+    #[must_use]
+    pub fn decode(&self, ids: &[u32]) -> String {
+        self.tokenizer.decode(ids, true).unwrap_or_default()
+    }
+
+    /// Tokens that end an answer: the tokenizer's EOS and those of the model's generation settings.
+    #[must_use]
+    pub fn stop_tokens(&self) -> &[u32] {
+        &self.stop_tokens
+    }
+
+    /// Number of ids, added tokens included.
+    #[must_use]
+    pub fn vocab_size(&self) -> usize {
+        self.tokenizer.get_vocab_size(true)
+    }
+
+    /// The chat template as it was written, if there is one.
+    #[must_use]
+    pub fn chat_template(&self) -> Option<&str> {
+        self.template.as_ref().map(Template::source)
+    }
+
+    /// Whether what the template renders depends on today's date, so that tomorrow's ids may differ.
+    #[must_use]
+    pub fn depends_on_date(&self) -> bool {
+        self.chat_template().is_some_and(|source| source.contains("strftime_now"))
+    }
+
+    /// The tokenizer's files.
+    #[must_use]
+    pub fn files(&self) -> &[PathBuf] {
+        &self.files
+    }
+
+    /// Writes the tokenizer's files to a folder, with the template that was used.
+    ///
+    /// # Errors
+    /// A file cannot be read or written.
+    pub fn save(&self, folder: &Path) -> Result<(), WriteError> {
+        for file in &self.files {
+            let target = folder.join(file.file_name().unwrap_or_default());
+            files::write(&target, &std::fs::read(file).map_err(files::cannot_write(&target))?)?;
+        }
+        match &self.template {
+            // it is read before the one in tokenizer_config.json
+            Some(template) if self.overridden => files::write(&folder.join(TEMPLATE), template.source().as_bytes()),
+            _ => Ok(()),
+        }
+    }
+
+    /// The token that ends an answer.
+    pub(super) fn eos(&self) -> u32 {
+        self.eos
+    }
+
+    /// Ids of a text, with one BOS at the start where the tokenizer puts one and the text has none.
+    pub(super) fn encode(&self, text: &str) -> Result<Vec<u32>, Bad> {
+        let encoding = self
+            .tokenizer
+            .encode_fast(text, false)
+            .map_err(|e| Bad::new(DropReason::Malformed, format!("the tokenizer fails: {e}")))?;
+        let ids = encoding.get_ids();
+        if ids.starts_with(&self.prefix) {
+            return Ok(ids.to_vec());
+        }
+        Ok(self.prefix.iter().chain(ids).copied().collect())
+    }
+
+    /// Ids of a conversation: with `add_generation_prompt` up to where the assistant begins, without it to the end,
+    /// with an EOS where the template ends the turn in no special token.
+    pub(super) fn encode_chat(&self, messages: &[&Message], add_generation_prompt: bool) -> Result<Vec<u32>, Bad> {
+        let refused = |e: String| Bad::new(DropReason::Template, format!("the chat template: {e}"));
+        let template = self.template.as_ref().ok_or_else(|| refused("there is none".into()))?;
+        let text = template.render(messages, add_generation_prompt).map_err(refused)?;
+        let mut ids = self.encode(&text)?;
+        let end = text.trim_end();
+        if !add_generation_prompt && !self.special.iter().any(|token| end.ends_with(token.as_str())) {
+            ids.push(self.eos);
+        }
+        Ok(ids)
+    }
+}
+
+/// Ids that the post-processor puts before a text. What it may put after is left to us.
+fn prefix(tokenizer: &Tokenizer) -> Result<Vec<u32>, String> {
+    const TEXT: &str = "a";
+    let ids = |special| {
+        let encoding = tokenizer.encode(TEXT, special).map_err(|e| format!("does not tokenise a letter: {e}"))?;
+        Ok::<_, String>(encoding.get_ids().to_vec())
+    };
+    let (plain, processed) = (ids(false)?, ids(true)?);
+    let at = processed.windows(plain.len().max(1)).position(|window| window == plain).unwrap_or(0);
+    Ok(processed[..at].to_vec())
+}
+
+/// Named special tokens, by name.
+fn special_tokens(config: &Map<String, Value>, map: &Map<String, Value>) -> Vec<(String, String)> {
+    let text = |value: &Value| match value {
+        Value::String(token) => Some(token.clone()),
+        Value::Object(token) => Some(token.get("content")?.as_str()?.to_owned()),
+        _ => None,
+    };
+    ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"]
+        .into_iter()
+        .filter_map(|name| {
+            let token = config.get(name).and_then(text).or_else(|| map.get(name).and_then(text))?;
+            (!token.is_empty()).then(|| (name.to_owned(), token))
+        })
+        .collect()
+}
+
+/// The model's own template, and the file it stands in.
+fn own_template(folder: &Path, config: &Map<String, Value>) -> Result<Option<(PathBuf, String)>, DataError> {
+    let file = folder.join(TEMPLATE);
+    if file.exists() {
+        return Ok(Some((file.clone(), read_text(&file)?)));
+    }
+    let file = folder.join(TOKENIZER_CONFIG);
+    match config.get("chat_template") {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(source)) => Ok(Some((file, source.clone()))),
+        Some(Value::Array(named)) => {
+            let default = named.iter().find(|entry| entry.get("name").is_some_and(|name| name == "default"));
+            match default.and_then(|entry| entry.get("template")?.as_str()) {
+                Some(source) => Ok(Some((file, source.to_owned()))),
+                None => Err(DataError::file(&file, "has several chat templates and none is called `default`")
+                    .help("name one as [data] chat_template")),
+            }
+        }
+        Some(_) => Err(DataError::file(&file, "chat_template is neither a template nor a list of them")
+            .help("name a Jinja file as [data] chat_template")),
+    }
+}
+
+/// A JSON object in a file that may be missing.
+fn read_object(file: &Path) -> Result<Map<String, Value>, DataError> {
+    if !file.exists() {
+        return Ok(Map::new());
+    }
+    match serde_json::from_str(&read_text(file)?) {
+        Ok(Value::Object(object)) => Ok(object),
+        Ok(_) => Err(DataError::file(file, "is not a JSON object")),
+        Err(e) => Err(DataError::file(file, format!("is no valid JSON: {e}")).help("fetch the file again")),
+    }
+}

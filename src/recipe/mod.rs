@@ -1,0 +1,136 @@
+//! A recipe: one TOML file that says what a run is.
+//!
+//! It is composed of the stages' own config structs, so a key is defined where it is used, once, with its default.
+//! Whatever is wrong is shown in the user's file, under the value itself.
+
+mod error;
+mod parse;
+mod resolved;
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+pub use error::RecipeError;
+pub use parse::{Origin, Parsed, load, parse};
+pub use resolved::{Inputs, Resolved};
+
+use crate::adapter::AdapterConfig;
+use crate::data::DataConfig;
+use crate::loss::Loss;
+use crate::model::ModelConfig;
+use crate::range::Count;
+use crate::train::{EvalConfig, TrainConfig};
+
+/// A whole recipe.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// Where results go.
+    #[serde(default)]
+    pub run: RunConfig,
+    /// The frozen base.
+    pub model: ModelConfig,
+    /// What is trained on it.
+    #[serde(default)]
+    pub adapter: AdapterConfig,
+    /// What it learns from.
+    pub data: DataConfig,
+    /// How: `[loss.dpo]` and the like.
+    pub loss: Loss,
+    /// Batches and the optimizer.
+    #[serde(default)]
+    pub train: TrainConfig,
+    /// How it is measured.
+    #[serde(default)]
+    pub eval: EvalConfig,
+}
+
+/// The `[run]` table of a recipe.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RunConfig {
+    /// The run folder. Default: `runs/<recipe>-<time>` in the working directory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub out: Option<PathBuf>,
+    /// Updates between checkpoints; the last update always has one. Default: a tenth of the run, at least 50.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpoint_every: Option<Count>,
+    /// How many checkpoints are kept, the newest.
+    pub keep: Count,
+}
+
+impl Default for RunConfig {
+    fn default() -> Self {
+        Self { out: None, checkpoint_every: None, keep: Count::constant(2) }
+    }
+}
+
+impl Recipe {
+    /// Every path in it with the key that holds it.
+    fn paths(&mut self) -> Vec<(&'static str, &mut PathBuf)> {
+        let mut paths: Vec<(&'static str, &mut PathBuf)> = vec![("model.source", &mut self.model.source)];
+        paths.extend(self.run.out.as_mut().map(|path| ("run.out", path)));
+        paths.extend(self.adapter.init.as_mut().map(|path| ("adapter.init", path)));
+        paths.extend(self.data.chat_template.as_mut().map(|path| ("data.chat_template", path)));
+        paths.extend(self.data.train.paths_mut().map(|path| ("data.train", path)));
+        let eval = self.data.eval.iter_mut().flat_map(|eval| eval.paths_mut());
+        paths.extend(eval.map(|path| ("data.eval", path)));
+        paths
+    }
+
+    /// What no single value shows to be wrong: keys that contradict each other, as `(key, problem, help)`.
+    fn contradictions(&self) -> Vec<(&'static str, String, String)> {
+        let mut found: Vec<(&'static str, String, String)> = Vec::new();
+        let mut add = |key: &'static str, problem: &str, help: &str| {
+            found.push((key, problem.to_owned(), help.to_owned()));
+        };
+        if self.train.epochs.is_some() && self.train.steps.is_some() {
+            add("train.steps", "both `epochs` and `steps` are given", "keep one of them: each says how long the run is");
+        }
+        if self.eval.every.is_some() && self.data.eval.is_none() {
+            add("eval.every", "there is nothing to evaluate", "add `eval = \"FILE\"` to [data]");
+        }
+        if let Some(longest) = self.data.max_prompt_length
+            && longest >= self.data.max_length
+        {
+            let help = "a prompt needs room for its completion: lower max_prompt_length or raise max_length";
+            add("data.max_prompt_length", "`max_prompt_length` is not below `max_length`", help);
+        }
+        if self.adapter.init.is_some() {
+            let AdapterConfig { rank, alpha, rslora, targets, dropout: _, init: _ } = &self.adapter;
+            let brought: [(&'static str, bool); 4] = [
+                ("adapter.rank", rank.is_some()),
+                ("adapter.alpha", alpha.is_some()),
+                ("adapter.rslora", rslora.is_some()),
+                ("adapter.targets", targets.is_some()),
+            ];
+            for (key, _) in brought.into_iter().filter(|(_, given)| *given) {
+                let problem = format!("`{key}` is given, and `adapter.init` brings its own");
+                add(key, &problem, "remove it: an adapter to start from has its rank, alpha, rslora and targets");
+            }
+        }
+        found
+    }
+}
+
+/// Makes `path` absolute by a folder that relative ones belong to.
+fn anchored(path: &Path, folder: &Path) -> PathBuf {
+    let home = path.strip_prefix("~").ok().and_then(|rest| Some(std::env::home_dir()?.join(rest)));
+    let joined = home.unwrap_or_else(|| folder.join(path));
+    // `.` and `..` taken out as written: messages and the resolved recipe stay legible
+    let mut clean = PathBuf::new();
+    for part in joined.components() {
+        match part {
+            std::path::Component::CurDir => {}
+            std::path::Component::ParentDir if clean.file_name().is_some() => {
+                clean.pop();
+            }
+            part => clean.push(part),
+        }
+    }
+    clean
+}
+
+#[cfg(test)]
+mod tests;

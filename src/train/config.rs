@@ -1,0 +1,75 @@
+//! The `[train]` and `[eval]` tables.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Schedule, Warmup};
+use crate::range::{Count, NonNegative, Positive};
+
+/// The `[train]` table of a recipe.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainConfig {
+    /// How often all rows are seen. Default 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epochs: Option<Positive>,
+    /// Number of updates, in place of `epochs`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub steps: Option<Count>,
+    /// Pairs (or rows) an update.
+    pub batch_size: Count,
+    /// Rows of tokens computed at once; an update larger than that is done in several micro-batches, with the same
+    /// result. Default: what fits a fixed share of memory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub micro_batch_tokens: Option<Count>,
+    /// The highest learning rate.
+    pub learning_rate: Positive,
+    /// How it goes on after the warm-up.
+    pub schedule: Schedule,
+    /// A share of the updates, or a number of them.
+    pub warmup: Warmup,
+    /// Decoupled weight decay.
+    pub weight_decay: NonNegative,
+    /// Gradients are scaled down to this common norm; 0 leaves them.
+    pub max_grad_norm: NonNegative,
+    /// Whether each epoch has its own order; if not, that of the files.
+    pub shuffle: bool,
+    /// Seeds the adapter's first values, the order of rows and dropout.
+    pub seed: u64,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            epochs: None,
+            steps: None,
+            batch_size: Count::constant(32),
+            micro_batch_tokens: None,
+            learning_rate: Positive::constant(1e-5),
+            schedule: Schedule::default(),
+            warmup: Warmup::Share(0.1),
+            weight_decay: NonNegative::constant(0.0),
+            max_grad_norm: NonNegative::constant(1.0),
+            shuffle: true,
+            seed: 42,
+        }
+    }
+}
+
+/// The `[eval]` table of a recipe.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EvalConfig {
+    /// Updates between evaluations; before and after the run there is always one. Default: a quarter of the run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub every: Option<Count>,
+    /// Held-out prompts that base and policy answer before and after the run.
+    pub samples: usize,
+    /// The most tokens of such an answer.
+    pub max_new_tokens: Count,
+}
+
+impl Default for EvalConfig {
+    fn default() -> Self {
+        Self { every: None, samples: 4, max_new_tokens: Count::constant(128) }
+    }
+}

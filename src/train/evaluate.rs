@@ -1,0 +1,118 @@
+//! Held-out examples: how well the policy does on what it does not train on.
+
+use super::batch::{Item, Layout, Part};
+use super::metrics::{Metrics, Sums, Tally};
+use super::trainer::{TrainError, assemble, check_finite, layout, mismatched_kl, nll_tokens};
+use crate::data::Dataset;
+use crate::loss::{Examples, Loss, Scored, Update};
+use crate::model::{Adapter, Keep, Model};
+
+/// Held-out examples, packed, with what the reference says about them.
+#[derive(Debug)]
+pub struct Evaluation<'d> {
+    data: &'d Dataset,
+    items: Vec<Item<'d>>,
+    layout: Layout,
+    batches: Vec<Vec<usize>>,
+    budget: usize,
+    /// Of each scored token of each micro-batch, once computed.
+    reference: Vec<Vec<f64>>,
+}
+
+impl<'d> Evaluation<'d> {
+    /// Plans micro-batches of at most `budget` rows; nothing is kept for a backward pass, so it may be several times
+    /// that of training.
+    #[must_use]
+    pub fn new(data: &'d Dataset, loss: &Loss, budget: usize) -> Self {
+        let items: Vec<_> = (0..data.len()).map(|index| Item::example(data, index)).collect();
+        let layout = layout(loss, 0.0);
+        let batches = layout.micro_batches(&items, budget);
+        Self { data, items, layout, batches, budget, reference: Vec::new() }
+    }
+
+    /// Number of examples.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.items.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.items.is_empty()
+    }
+
+    /// The metrics of the policy; the whole set counts as one update, so they do not depend on any batch size.
+    ///
+    /// Besides TRL's: `perplexity` of the chosen completions, and `kl_to_reference`, the mean over completion tokens of
+    /// `½ (log π/π_ref)²`. That is Schulman's k2 estimator on the tokens of the data, which are no samples of the policy:
+    /// it tells how far the policy went. (k3, `r − 1 − log r`, is unbiased on samples and here dominated by the few
+    /// rejected tokens that the policy has ruled out.)
+    pub(super) fn measure(
+        &mut self,
+        model: &Model,
+        loss: &Loss,
+        step: usize,
+        advance: &dyn Fn(u64),
+    ) -> Result<Metrics, TrainError> {
+        let kl = if loss.needs_kl() { mismatched_kl(model, &self.items, self.budget)? } else { 0.0 };
+        let sides = |item: &Item<'_>| [item.chosen, item.rejected].into_iter().flatten().count();
+        let examples = match loss.examples() {
+            Examples::Labelled => self.items.iter().map(sides).sum(),
+            Examples::Pairs | Examples::Demonstrations => self.items.len(),
+        };
+        let update = Update { examples, nll_tokens: nll_tokens(&self.items, loss), kl };
+        let mut tally = Tally::default();
+        let (mut k2, mut tokens) = (0.0, 0);
+        for (number, batch) in self.batches.iter().enumerate() {
+            let items: Vec<_> = batch.iter().map(|&i| self.items[i]).collect();
+            let (packed, parts) = (self.layout.pack(&items), self.layout.parts(&items));
+            if self.reference.len() == number {
+                let scores = model.forward(&packed, Adapter::Off, Keep::Scores)?.scores;
+                self.reference.push(scores.iter().map(|score| score.logp).collect());
+            }
+            let reference = &self.reference[number];
+            let scores = model.forward(&packed, Adapter::On, Keep::Scores)?.scores;
+            let completions = parts.iter().zip(&packed.spans).filter(|((_, part), _)| *part != Part::Prompt);
+            for token in completions.flat_map(|(_, span)| span.clone()) {
+                let log_ratio = reference[token] - scores[token].logp;
+                k2 += 0.5 * log_ratio * log_ratio;
+                tokens += 1;
+            }
+            let spans = || packed.spans.iter().cloned();
+            let sums: Vec<Sums> = spans().map(|span| Sums::of(&scores[span])).collect();
+            let references: Vec<_> = spans().map(|span| Some(reference[span].iter().sum())).collect();
+            let scored = assemble(items.len(), &parts, &sums, &references);
+            let inputs: Vec<(usize, Scored)> =
+                batch.iter().zip(&scored).flat_map(|(&i, scored)| rows(scored, loss).map(move |row| (i, row))).collect();
+            let evaluated = loss.evaluate(&inputs.iter().map(|(_, row)| *row).collect::<Vec<_>>(), &update)?;
+            for ((example, row), &loss) in inputs.iter().zip(&evaluated.losses) {
+                check_finite(step, self.data, *example, row, loss)?;
+            }
+            tally.add(loss, &scored, &parts, &sums);
+            tally.add_losses(&evaluated.losses, &evaluated.terms);
+            advance(batch.len() as u64);
+        }
+        let mut metrics = Metrics::default();
+        metrics.push("loss", tally.loss(examples));
+        metrics.extend("", &tally.metrics(loss));
+        metrics.push("kl_to_reference", k2 / tokens.max(1) as f64);
+        if let Some(perplexity) = tally.chosen_perplexity() {
+            metrics.push("perplexity", perplexity);
+        }
+        Ok(metrics)
+    }
+}
+
+/// The rows that the loss counts: KTO learns from each side of a pair by itself.
+fn rows(scored: &Scored, loss: &Loss) -> impl Iterator<Item = Scored> + use<> {
+    let apart = loss.examples() == Examples::Labelled;
+    let one_side = |chosen, rejected| Scored { prompt: scored.prompt, chosen, rejected };
+    let rows = match (scored.chosen, scored.rejected) {
+        (Some(_), Some(_)) if apart => {
+            [Some(one_side(scored.chosen, None)), Some(one_side(None, scored.rejected))]
+        }
+        _ => [Some(*scored), None],
+    };
+    rows.into_iter().flatten()
+}

@@ -1,0 +1,21 @@
+//! Training: one update after the other on a frozen base.
+//!
+//! [`Trainer`] knows examples, the loss and the optimizer; what is written where, and when, is for `commands/run`.
+
+mod batch;
+pub mod checkpoint;
+mod config;
+mod evaluate;
+mod metrics;
+pub mod optimizer;
+mod reference;
+mod schedule;
+mod trainer;
+
+pub use config::{EvalConfig, TrainConfig};
+pub use evaluate::Evaluation;
+pub use metrics::Metrics;
+pub use optimizer::AdamW;
+pub use reference::Reference;
+pub use schedule::{Schedule, Warmup};
+pub use trainer::{Plan, Progress, TrainError, Trainer};

@@ -1,0 +1,130 @@
+//! AdamW, as `torch.optim.AdamW` computes it.
+
+use candle_core::{DType, Result, Tensor};
+
+use crate::adapter::Adapters;
+
+const BETA1: f64 = 0.9;
+const BETA2: f64 = 0.999;
+const EPSILON: f64 = 1e-8;
+
+/// Decoupled weight decay (Loshchilov & Hutter 2019, <https://arxiv.org/abs/1711.05101>), with β₁ = 0.9, β₂ = 0.999
+/// and ε = 1e-8:
+///
+/// ```text
+/// p ← p − lr·wd·p          m ← β₁m + (1 − β₁)g          v ← β₂v + (1 − β₂)g²
+/// p ← p − lr · (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε)
+/// ```
+#[derive(Debug, Clone)]
+pub struct AdamW {
+    moments: Vec<Moments>,
+    steps: u32,
+}
+
+/// Of one tensor: the running means of its gradient and of the gradient's square.
+#[derive(Debug, Clone)]
+pub struct Moments {
+    /// `m`
+    pub first: Tensor,
+    /// `v`
+    pub second: Tensor,
+}
+
+impl AdamW {
+    /// Moments of zero for every trainable tensor.
+    ///
+    /// # Errors
+    /// What candle returns.
+    pub fn new(adapters: &Adapters) -> Result<Self> {
+        let zero = |(_, tensor): (_, &Tensor)| {
+            Ok(Moments { first: tensor.zeros_like()?, second: tensor.zeros_like()? })
+        };
+        Ok(Self { moments: adapters.tensors().map(zero).collect::<Result<_>>()?, steps: 0 })
+    }
+
+    /// Goes on with moments that were saved after `steps` updates.
+    #[must_use]
+    pub fn resume(moments: Vec<Moments>, steps: u32) -> Self {
+        Self { moments, steps }
+    }
+
+    /// The moments, in the order of [`Adapters::tensors`].
+    #[must_use]
+    pub fn moments(&self) -> &[Moments] {
+        &self.moments
+    }
+
+    /// Updates the trainable tensors by their gradients, which are in the order of [`Adapters::tensors`].
+    ///
+    /// # Errors
+    /// What candle returns.
+    pub fn step(
+        &mut self,
+        adapters: &mut Adapters,
+        gradients: &[Tensor],
+        learning_rate: f64,
+        weight_decay: f64,
+    ) -> Result<()> {
+        self.steps += 1;
+        let steps = f64::from(self.steps);
+        let size = learning_rate / (1.0 - BETA1.powf(steps));
+        let correction = (1.0 - BETA2.powf(steps)).sqrt();
+        let mut updated = Vec::with_capacity(gradients.len());
+        for (((_, tensor), gradient), moments) in adapters.tensors().zip(gradients).zip(&mut self.moments) {
+            moments.first = ((&moments.first * BETA1)? + (gradient * (1.0 - BETA1))?)?;
+            moments.second = ((&moments.second * BETA2)? + (gradient.sqr()? * (1.0 - BETA2))?)?;
+            let denominator = ((moments.second.sqrt()? / correction)? + EPSILON)?;
+            let decayed = (tensor * (1.0 - learning_rate * weight_decay))?;
+            updated.push((decayed - ((&moments.first / denominator)? * size)?)?);
+        }
+        adapters.replace(updated);
+        Ok(())
+    }
+}
+
+/// Scales all gradients together so that their common L2 norm is at most `max_norm`, and returns the norm before.
+///
+/// As `torch.nn.utils.clip_grad_norm_`: by `max_norm / (norm + 1e-6)` where that is below one.
+///
+/// # Errors
+/// What candle returns.
+pub fn clip(gradients: &mut [Tensor], max_norm: f64) -> Result<f64> {
+    let norm = norm(gradients)?;
+    let scale = max_norm / (norm + 1e-6);
+    if scale < 1.0 {
+        for gradient in gradients {
+            *gradient = (&*gradient * scale)?;
+        }
+    }
+    Ok(norm)
+}
+
+/// The common L2 norm of `gradients`, summed in f64.
+///
+/// # Errors
+/// What candle returns.
+pub fn norm(gradients: &[Tensor]) -> Result<f64> {
+    let mut sum = 0.0;
+    for gradient in gradients {
+        sum += gradient.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?;
+    }
+    Ok(sum.sqrt())
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn clipping_scales_all_together_and_leaves_small_ones() {
+        let tensor = |values: &[f64]| Tensor::new(values, &Device::Cpu).expect("made");
+        let mut gradients = vec![tensor(&[3.0]), tensor(&[0.0, 4.0])];
+        assert_eq!(clip(&mut gradients, 10.0).expect("clipped"), 5.0);
+        assert_eq!(gradients[1].to_vec1::<f64>().expect("f64"), [0.0, 4.0]);
+        assert_eq!(clip(&mut gradients, 1.0).expect("clipped"), 5.0);
+        // 1 / (5 + 1e-6), as torch has it
+        assert!((gradients[0].to_vec1::<f64>().expect("f64")[0] - 3.0 / (5.0 + 1e-6)).abs() < 1e-15);
+    }
+}
