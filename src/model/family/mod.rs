@@ -112,14 +112,14 @@ impl ConfigJson {
 
     /// What holds for every decoder.
     fn check(&self, config: &DecoderConfig) -> Result<(), ModelError> {
-        if config.num_attention_heads % config.num_key_value_heads != 0 {
+        if !config.num_attention_heads.is_multiple_of(config.num_key_value_heads) {
             let problem = format!(
                 "{} attention heads are no multiple of {} key/value heads",
                 config.num_attention_heads, config.num_key_value_heads
             );
             return Err(self.error(problem, None));
         }
-        if config.head_dim % 2 != 0 {
+        if !config.head_dim.is_multiple_of(2) {
             return Err(self.error(format!("`head_dim` is {}, which is odd", config.head_dim), None));
         }
         Ok(())
