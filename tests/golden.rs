@@ -310,7 +310,8 @@ fn the_gradient_of_every_adapter_tensor_is_torchs() {
                 close(loss, golden.loss, 10.0 * tolerance, &format!("loss of {name} in {dtype:?}"));
                 for ((tensor, expected), found) in expected.iter().zip(&gradients) {
                     let what = format!("gradient of {tensor} of {name} in {dtype:?}, {prompts:?}");
-                    close_tensors(found, expected, tolerance, &what);
+                    // chosen and rejected pull in opposite ways: what remains is smaller than what was added
+                    close_tensors(found, expected, 5.0 * tolerance, &what);
                 }
             }
         }
@@ -320,7 +321,7 @@ fn the_gradient_of_every_adapter_tensor_is_torchs() {
 /// The steps that TRL's DPOTrainer logged, which the script found to be torch's own to f32's rounding.
 ///
 /// Adam divides each element's gradient by that element's own size, so rounding grows where a gradient is small: the
-/// tolerances are ten times those of the gradients. Weight decay alone moves the tensors by up to 1e-3.
+/// tolerances are ten times the usual ones. Weight decay alone moves the tensors by up to 1e-3.
 #[test]
 fn ten_adamw_steps_are_those_of_trl_and_torch() {
     for name in ["adamw-plain", "adamw-decay"] {
