@@ -20,6 +20,7 @@ use dpo_lora::model::{
 use dpo_lora::ops::completion_logps::TokenScore;
 use dpo_lora::progress::Console;
 use dpo_lora::tensor_file::TensorFile;
+use dpo_lora::train::optimizer::{AdamW, clip};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
@@ -62,6 +63,21 @@ struct Scores {
     entropies: Vec<f64>,
     mean_logits: Vec<f64>,
     top1: Vec<bool>,
+}
+
+#[derive(Deserialize)]
+struct Trajectory {
+    learning_rate: f64,
+    weight_decay: f64,
+    max_grad_norm: f64,
+    trl: Vec<Step>,
+    torch: Vec<Step>,
+}
+
+#[derive(Deserialize)]
+struct Step {
+    loss: f64,
+    grad_norm: f64,
 }
 
 fn folder(name: &str) -> PathBuf {
@@ -294,8 +310,42 @@ fn the_gradient_of_every_adapter_tensor_is_torchs() {
                 close(loss, golden.loss, 10.0 * tolerance, &format!("loss of {name} in {dtype:?}"));
                 for ((tensor, expected), found) in expected.iter().zip(&gradients) {
                     let what = format!("gradient of {tensor} of {name} in {dtype:?}, {prompts:?}");
-                    close_tensors(found, expected, tolerance, &what);
+                    // chosen and rejected pull in opposite ways: what remains is smaller than what was added
+                    close_tensors(found, expected, 5.0 * tolerance, &what);
                 }
+            }
+        }
+    }
+}
+
+/// The steps that TRL's DPOTrainer logged, which the script found to be torch's own to f32's rounding.
+///
+/// Adam divides each element's gradient by that element's own size, so rounding grows where a gradient is small: the
+/// tolerances are ten times the usual ones. Weight decay alone moves the tensors by up to 1e-3.
+#[test]
+fn ten_adamw_steps_are_those_of_trl_and_torch() {
+    for name in ["adamw-plain", "adamw-decay"] {
+        let golden: AdapterGolden = golden("gqa/all/golden.json");
+        let expected: Trajectory = self::golden(&format!("gqa/all/{name}.json"));
+        assert_eq!((expected.trl.len(), expected.torch.len()), (10, 10));
+        for (dtype, tolerance) in PRECISIONS {
+            let tolerance = 10.0 * tolerance;
+            let mut model = model("gqa/all", dtype);
+            let mut optimizer = AdamW::new(model.adapters()).expect("made");
+            for (step, (trl, torch)) in expected.trl.iter().zip(&expected.torch).enumerate() {
+                let what = format!("{name} in {dtype:?}, step {}", step + 1);
+                let (loss, mut gradients) = loss_and_gradients(&model, &golden, Prompts::Shared);
+                let norm = clip(&mut gradients, expected.max_grad_norm).expect("computed");
+                close(loss, torch.loss, tolerance, &what);
+                close(norm, torch.grad_norm, tolerance, &what);
+                close(loss, trl.loss, 1e-5, &what);
+                close(norm, trl.grad_norm, 1e-4 * trl.grad_norm, &what);
+                let (rate, decay) = (expected.learning_rate, expected.weight_decay);
+                optimizer.step(model.adapters_mut(), &gradients, rate, decay).expect("computed");
+            }
+            let after = in_order(&format!("gqa/all/{name}.safetensors"), model.adapters());
+            for ((tensor, expected), (_, found)) in after.iter().zip(model.adapters().tensors()) {
+                close_tensors(found, expected, tolerance, &format!("{tensor} after {name} in {dtype:?}"));
             }
         }
     }

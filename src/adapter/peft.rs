@@ -31,28 +31,29 @@ impl From<TensorFileError> for AdapterError {
     }
 }
 
-/// Options of PEFT that change what an adapter computes and that are not read here, with the values that mean "off".
-const UNSUPPORTED: [(&str, fn(&Value) -> bool); 18] = [
-    ("use_dora", is_off),
-    ("use_qalora", is_off),
-    ("use_bdlora", is_off),
-    ("alora_invocation_tokens", is_off),
-    ("arrow_config", is_off),
-    ("kasa_config", is_off),
-    ("monteclora_config", is_off),
-    ("velora_config", is_off),
-    ("layer_replication", is_off),
-    ("layers_to_transform", is_off),
-    ("exclude_modules", is_off),
-    ("modules_to_save", is_off),
-    ("target_parameters", is_off),
-    ("trainable_token_indices", is_off),
-    ("rank_pattern", is_off),
-    ("alpha_pattern", is_off),
-    ("lora_bias", is_off),
-    ("fan_in_fan_out", is_off),
+/// Options of PEFT that change what an adapter computes and that are not read here.
+const UNSUPPORTED: [&str; 18] = [
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+    "layer_replication",
+    "layers_to_transform",
+    "exclude_modules",
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+    "rank_pattern",
+    "alpha_pattern",
+    "lora_bias",
+    "fan_in_fan_out",
 ];
 
+/// Whether an option has a value that means "off".
 fn is_off(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,
@@ -85,8 +86,8 @@ pub fn load_config(folder: &Path) -> Result<LoraConfig, AdapterError> {
     if get("peft_type") != "LORA" {
         return Err(error(format!("peft_type is {}, not \"LORA\"", get("peft_type")), None));
     }
-    for (key, off) in UNSUPPORTED {
-        if !off(get(key)) {
+    for key in UNSUPPORTED {
+        if !is_off(get(key)) {
             let problem = format!("`{key}` is {}, which is not supported", get(key));
             return Err(error(problem, Some("only plain LoRA adapters can be started from")));
         }

@@ -178,3 +178,223 @@ fn file_names(folder: &Path) -> Result<Vec<String>, ModelError> {
     };
     Err(error(folder, format!("holds no weights (it has {})", others.join(", ")), Some(help.into())))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use candle_core::Device;
+    use serde_json::json;
+
+    use super::*;
+    use crate::adapter::peft::serialize;
+    use crate::model::family::read_config;
+    use crate::model::tests::{GROUPED, Tiny};
+
+    type Weights = BTreeMap<String, Tensor>;
+
+    fn put(folder: &Path, name: &str, weights: impl IntoIterator<Item = (String, Tensor)>) {
+        let weights: Vec<_> = weights.into_iter().collect();
+        fs::write(folder.join(name), serialize(&weights).expect("serialised")).expect("written");
+    }
+
+    /// A folder with a valid model.
+    fn folder(tiny: Tiny) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().expect("a folder");
+        tiny.write(folder.path());
+        folder
+    }
+
+    fn load(folder: &Path) -> Result<Decoder, ModelError> {
+        WeightFiles::open(folder)?.decoder(read_config(folder)?, DType::F32, &Console::silent())
+    }
+
+    /// File name, problem and help of the error of loading a folder.
+    fn error(folder: &Path) -> (String, String, String) {
+        match load(folder).expect_err("something is wrong with it") {
+            ModelError::File { file, problem, help } => {
+                let name = file.strip_prefix(folder).expect("in the folder").display().to_string();
+                (name, problem, help.unwrap_or_default())
+            }
+            other => panic!("{other}"),
+        }
+    }
+
+    /// The error of loading a model whose weights were changed.
+    fn error_after(tiny: Tiny, change: impl FnOnce(&mut Weights)) -> (String, String, String) {
+        let folder = folder(tiny);
+        let mut weights = tiny.weights();
+        change(&mut weights);
+        put(folder.path(), SINGLE, weights);
+        error(folder.path())
+    }
+
+    fn split(folder: &Path) {
+        fs::remove_file(folder.join(SINGLE)).expect("removed");
+        let (mut first, mut second) = (Weights::new(), Weights::new());
+        for (i, (name, tensor)) in GROUPED.weights().into_iter().enumerate() {
+            (if i % 2 == 0 { &mut first } else { &mut second }).insert(name, tensor);
+        }
+        let file = |name: &str| if first.contains_key(name) { "first.safetensors" } else { "second.safetensors" };
+        let map: BTreeMap<_, _> = GROUPED.weights().into_keys().map(|name| (name.clone(), file(&name))).collect();
+        fs::write(folder.join(INDEX), json!({"metadata": {}, "weight_map": map}).to_string()).expect("written");
+        put(folder, "first.safetensors", first);
+        put(folder, "second.safetensors", second);
+    }
+
+    #[test]
+    fn shards_are_read_as_one_file_is() {
+        let one = folder(GROUPED);
+        let sharded = folder(GROUPED);
+        split(sharded.path());
+        let (one, sharded) = (load(one.path()).expect("loaded"), load(sharded.path()).expect("loaded"));
+        let values = |tensor: &Tensor| tensor.to_vec2::<f32>().expect("f32");
+        assert_eq!(values(&one.head), values(&sharded.head));
+        for (a, b) in one.layers.iter().zip(&sharded.layers) {
+            for (a, b) in a.projections.iter().zip(&b.projections) {
+                assert_eq!(values(&a.weight), values(&b.weight));
+            }
+        }
+    }
+
+    #[test]
+    fn a_missing_shard_is_named() {
+        let folder = folder(GROUPED);
+        split(folder.path());
+        fs::remove_file(folder.path().join("second.safetensors")).expect("removed");
+        let (file, problem, _) = error(folder.path());
+        assert_eq!((file.as_str(), problem.as_str()), ("second.safetensors", "does not exist"));
+    }
+
+    #[test]
+    fn a_tensor_in_two_shards_is_an_error() {
+        let folder = folder(GROUPED);
+        split(folder.path());
+        put(folder.path(), "second.safetensors", GROUPED.weights());
+        let (file, problem, _) = error(folder.path());
+        assert_eq!(file, "second.safetensors");
+        assert!(problem.contains("`lm_head.weight` is in") && problem.contains("first.safetensors"), "{problem}");
+    }
+
+    #[test]
+    fn an_index_cannot_point_out_of_the_folder() {
+        for name in ["../other.safetensors", "/etc/passwd", "a\\b", ""] {
+            let folder = folder(GROUPED);
+            let index = json!({"weight_map": {"lm_head.weight": name}}).to_string();
+            fs::write(folder.path().join(INDEX), index).expect("written");
+            let (file, problem, _) = error(folder.path());
+            assert_eq!(file, INDEX);
+            assert!(problem.contains("not a file beside it"), "{problem}");
+        }
+    }
+
+    #[test]
+    fn a_truncated_file_is_named_wherever_it_ends() {
+        let folder = folder(GROUPED);
+        let path = folder.path().join(SINGLE);
+        let whole = fs::read(&path).expect("read");
+        let header = 8 + u64::from_le_bytes(whole[..8].try_into().expect("eight bytes")) as usize;
+        for length in [0, 5, 8, 100, header, header + 100, whole.len() - 1] {
+            fs::write(&path, &whole[..length]).expect("written");
+            let (file, problem, help) = error(folder.path());
+            assert_eq!(file, SINGLE);
+            assert!(problem.contains(&format!("is cut short: {length} bytes")), "{length}: {problem}");
+            assert!(help.contains("fetch the file again"));
+        }
+    }
+
+    #[test]
+    fn a_missing_tensor_is_named() {
+        let (_, problem, help) = error_after(GROUPED, |weights| {
+            weights.remove("model.layers.1.mlp.up_proj.weight");
+        });
+        assert_eq!(problem, "no weight file has tensor `model.layers.1.mlp.up_proj.weight`");
+        assert!(help.contains("config.json"));
+        let (_, problem, _) = error_after(Tiny { bias: true, ..GROUPED }, |weights| {
+            weights.remove("model.layers.0.self_attn.k_proj.bias");
+        });
+        assert!(problem.contains("`model.layers.0.self_attn.k_proj.bias`"), "{problem}");
+    }
+
+    #[test]
+    fn a_tensor_without_a_use_is_named() {
+        // a bias that config.json does not speak of would silently be left out
+        for name in ["model.layers.0.self_attn.q_proj.bias", "model.layers.2.mlp.up_proj.weight"] {
+            let (file, problem, _) = error_after(GROUPED, |weights| {
+                let tensor = Tensor::zeros(16, DType::F32, &Device::Cpu).expect("made");
+                weights.insert(name.into(), tensor);
+            });
+            assert_eq!(file, SINGLE);
+            assert_eq!(problem, format!("tensor `{name}` has no place in this model"));
+        }
+    }
+
+    #[test]
+    fn what_checkpoints_are_known_to_repeat_is_passed_over() {
+        let tied = Tiny { tied: true, ..GROUPED };
+        let folder = folder(tied);
+        let mut weights = tied.weights();
+        let spare = Tensor::zeros(2, DType::F32, &Device::Cpu).expect("made");
+        weights.insert("lm_head.weight".into(), spare.clone());
+        weights.insert("model.layers.0.self_attn.rotary_emb.inv_freq".into(), spare);
+        put(folder.path(), SINGLE, weights);
+        load(folder.path()).expect("loaded");
+    }
+
+    #[test]
+    fn a_tensor_of_another_shape_is_named_with_both_shapes() {
+        let (file, problem, help) = error_after(GROUPED, |weights| {
+            let transposed = weights["model.layers.0.self_attn.q_proj.weight"].t().expect("a matrix");
+            weights.insert("model.layers.0.self_attn.q_proj.weight".into(), transposed.contiguous().expect("copied"));
+        });
+        assert_eq!(file, SINGLE);
+        assert_eq!(problem, "tensor `model.layers.0.self_attn.q_proj.weight` is [6, 16], not [16, 6]");
+        assert!(help.contains("config"));
+    }
+
+    #[test]
+    fn a_git_lfs_pointer_is_known_as_one() {
+        let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1048576\n";
+        for name in [SINGLE, "config.json"] {
+            let folder = folder(GROUPED);
+            fs::write(folder.path().join(name), pointer).expect("written");
+            let (file, problem, help) = error(folder.path());
+            assert_eq!((file.as_str(), problem.as_str()), (name, "is a Git-LFS pointer, not the file itself"));
+            assert!(help.contains("git lfs pull"));
+        }
+    }
+
+    #[test]
+    fn a_folder_without_safetensors_says_what_it_has() {
+        let folder = folder(GROUPED);
+        fs::rename(folder.path().join(SINGLE), folder.path().join("pytorch_model.bin")).expect("renamed");
+        let (_, problem, help) = error(folder.path());
+        assert_eq!(problem, "holds no weights (it has config.json, pytorch_model.bin)");
+        assert!(help.contains("safetensors") && help.contains("run code"), "{help}");
+    }
+
+    #[test]
+    fn half_precision_files_are_read_exactly() {
+        use safetensors::tensor::{Dtype, TensorView};
+        let folder = tempfile::tempdir().expect("a folder");
+        let values = [1.5f32, -0.25, 3.0, 65504.0];
+        let f16: Vec<u8> = values.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect();
+        let bf16: Vec<u8> = values[..3].iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect();
+        let int: Vec<u8> = vec![1; 8];
+        let view = |dtype, shape: &[usize], bytes| TensorView::new(dtype, shape.to_vec(), bytes).expect("it fits");
+        let views = [
+            ("f16", view(Dtype::F16, &[2, 2], &f16)),
+            ("bf16", view(Dtype::BF16, &[3], &bf16)),
+            ("int", view(Dtype::I32, &[2], &int)),
+        ];
+        let path = folder.path().join("half.safetensors");
+        fs::write(&path, safetensors::serialize(views, None).expect("serialised")).expect("written");
+        let file = TensorFile::open(&path).expect("opened");
+        let read = |name, shape: &[usize]| file.read(name, shape, DType::F32);
+        let numbers = |tensor: Tensor| tensor.flatten_all().and_then(|t| t.to_vec1::<f32>()).expect("f32");
+        assert_eq!(numbers(read("f16", &[2, 2]).expect("read")), values);
+        assert_eq!(numbers(read("bf16", &[3]).expect("read")), values[..3]);
+        let error = read("int", &[2]).expect_err("integers are no weights");
+        assert!(error.problem.contains("tensor `int` holds I32"), "{}", error.problem);
+    }
+}

@@ -112,16 +112,101 @@ impl ConfigJson {
 
     /// What holds for every decoder.
     fn check(&self, config: &DecoderConfig) -> Result<(), ModelError> {
-        if config.num_attention_heads % config.num_key_value_heads != 0 {
+        if !config.num_attention_heads.is_multiple_of(config.num_key_value_heads) {
             let problem = format!(
                 "{} attention heads are no multiple of {} key/value heads",
                 config.num_attention_heads, config.num_key_value_heads
             );
             return Err(self.error(problem, None));
         }
-        if config.head_dim % 2 != 0 {
+        if !config.head_dim.is_multiple_of(2) {
             return Err(self.error(format!("`head_dim` is {}, which is odd", config.head_dim), None));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::model::tests::GROUPED;
+
+    /// What `config.json` becomes after `change`.
+    fn read(change: impl FnOnce(&mut serde_json::Map<String, Value>)) -> Result<DecoderConfig, ModelError> {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut config = GROUPED.config_json();
+        change(config.as_object_mut().expect("an object"));
+        std::fs::write(folder.path().join("config.json"), config.to_string()).expect("written");
+        read_config(folder.path())
+    }
+
+    fn problem(key: &str, value: Value) -> (String, String) {
+        match read(|config| drop(config.insert(key.into(), value))) {
+            Err(ModelError::File { file, problem, help }) => {
+                assert!(file.ends_with("config.json"));
+                (problem, help.unwrap_or_default())
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn an_unsupported_model_type_is_named_with_those_that_are() {
+        let (text, help) = problem("model_type", json!("mamba"));
+        assert_eq!(text, "model_type is `mamba`, which is not supported");
+        assert_eq!(help, "supported: llama");
+        assert_eq!(problem("model_type", Value::Null).0, "`model_type` is missing");
+    }
+
+    #[test]
+    fn a_broken_field_is_named() {
+        for (key, value, expected) in [
+            ("hidden_size", Value::Null, "`hidden_size` is missing"),
+            ("hidden_size", json!(0), "`hidden_size` is 0, not a whole number from 1 to 2^31"),
+            ("vocab_size", json!(1u64 << 40), "`vocab_size` is 1099511627776, not a whole number from 1 to 2^31"),
+            ("num_hidden_layers", json!("two"), "`num_hidden_layers` is \"two\", not a whole number from 1 to 2^31"),
+            ("num_key_value_heads", json!(3), "4 attention heads are no multiple of 3 key/value heads"),
+            ("head_dim", json!(5), "`head_dim` is 5, which is odd"),
+            ("attention_bias", json!(1), "`attention_bias` is 1, not true or false"),
+            ("hidden_act", json!("gelu"), "`hidden_act` is \"gelu\", not \"silu\""),
+            ("rms_norm_eps", json!("small"), "`rms_norm_eps` is \"small\", not a number"),
+            ("rope_theta", json!(-1.0), "`rope_theta` is -1.0, not above zero"),
+            ("rope_scaling", json!({"rope_type": "yarn"}), "rope scaling `yarn` is not supported"),
+            ("rope_scaling", json!({"type": "linear"}), "rope scaling needs `factor`, a number above zero"),
+        ] {
+            assert_eq!(problem(key, value).0, expected);
+        }
+    }
+
+    /// Before transformers 5 `rope_theta` stood beside `rope_scaling`; most models on the hub are written so.
+    #[test]
+    fn both_spellings_of_rope_scaling_are_one() {
+        let scaling = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64});
+        let before = read(|config| {
+            config.insert("rope_theta".into(), json!(5000.0));
+            config.insert("rope_scaling".into(), scaling.clone());
+        });
+        let since = read(|config| {
+            config.remove("rope_theta");
+            let mut parameters = scaling.clone();
+            parameters["rope_theta"] = json!(5000.0);
+            config.insert("rope_parameters".into(), parameters);
+        });
+        let plain = read(|config| drop(config.insert("rope_theta".into(), json!(5000.0)))).expect("read");
+        let before = before.expect("read");
+        assert_ne!(before, plain);
+        assert_eq!(before, since.expect("read"));
+    }
+
+    #[test]
+    fn linear_scaling_divides_every_frequency() {
+        let plain = read(|_| {}).expect("read").inverse_frequencies;
+        let scaled =
+            read(|config| drop(config.insert("rope_scaling".into(), json!({"type": "linear", "factor": 4.0}))));
+        let scaled = scaled.expect("read").inverse_frequencies;
+        assert_eq!(scaled, plain.iter().map(|f| f / 4.0).collect::<Vec<_>>());
     }
 }

@@ -161,7 +161,7 @@ impl<'a, T: Real> Inputs<'a, T> {
                     sum += *score;
                 }
                 for score in seen {
-                    *score = *score / sum;
+                    *score /= sum;
                 }
                 hidden.fill(T::of(0.0));
                 log_sum_exp.push(largest + sum.ln());
