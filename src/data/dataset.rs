@@ -169,6 +169,19 @@ pub struct Dataset {
 }
 
 impl Dataset {
+    /// One file of prompts with chosen and rejected; an empty side is absent.
+    #[cfg(test)]
+    pub(crate) fn of(rows: &[(&[u32], &[u32], &[u32])]) -> Self {
+        let mut dataset = Self::default();
+        dataset.begin_file(Path::new("pairs.jsonl"), 1.0);
+        for (i, (prompt, chosen, rejected)) in rows.iter().enumerate() {
+            let [prompt, chosen, rejected] = [prompt, chosen, rejected].map(|ids| ids.to_vec());
+            let example = Encoded { prompt, chosen, rejected, ..Encoded::default() };
+            assert!(dataset.push(Place::Row(i as u64 + 1), &example));
+        }
+        dataset
+    }
+
     pub(super) fn begin_file(&mut self, path: &Path, weight: f64) {
         let first = self.entries.len();
         self.files.push(Origin { path: path.to_owned(), weight, first, shape: String::new() });

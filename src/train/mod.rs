@@ -19,3 +19,6 @@ pub use optimizer::AdamW;
 pub use reference::Reference;
 pub use schedule::{Schedule, Warmup};
 pub use trainer::{Plan, Progress, TrainError, Trainer};
+
+#[cfg(test)]
+mod tests;

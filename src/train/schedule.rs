@@ -76,7 +76,8 @@ impl<'de> Deserialize<'de> for Warmup {
                 f.write_str("a share of the updates (0.1) or a number of them (100)")
             }
             fn visit_i64<E: de::Error>(self, updates: i64) -> Result<Warmup, E> {
-                let problem = || E::custom(format!("{updates} is not a share from 0 to below 1 or a count of updates"));
+                let problem =
+                    || E::custom(format!("{updates} is not a share from 0 to below 1 or a count of updates"));
                 usize::try_from(updates).map(Warmup::Updates).map_err(|_| problem())
             }
             fn visit_u64<E: de::Error>(self, updates: u64) -> Result<Warmup, E> {
