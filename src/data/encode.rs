@@ -1,10 +1,10 @@
 //! From a row to ids: where the completion begins, how it ends, and what is dropped.
 
 use super::Wanted;
-use crate::loss::Examples;
 use super::codec::Codec;
 use super::dataset::{DropReason, Encoded};
 use super::format::{Bad, Columns, Message, Record, Shape, Sides};
+use crate::loss::Examples;
 
 /// Maximum lengths in tokens.
 #[derive(Debug, Clone, Copy)]

@@ -349,7 +349,9 @@ impl Reading<'_> {
             let problem = format!("{first}; its columns are {}", list(&self.columns));
             return Err(DataError::row(file, place.place, problem).help(format::UNDERSTOOD));
         };
-        shape.check_wanted(self.wanted.examples).map_err(|(problem, help)| DataError::file(file, problem).help(help))?;
+        shape
+            .check_wanted(self.wanted.examples)
+            .map_err(|(problem, help)| DataError::file(file, problem).help(help))?;
         if shape.form() == Form::Messages && self.codec.chat_template().is_none() {
             let problem = "holds message lists, and the model has no chat template";
             return Err(DataError::file(file, problem).help("name a Jinja file as [data] chat_template"));

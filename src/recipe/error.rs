@@ -64,7 +64,9 @@ pub(super) fn reword(message: &str, place: &str) -> (String, Option<String>) {
                 Some("add a table such as [loss.dpo]; also: [loss.ipo], [loss.kto], [loss.orpo], [loss.sft]".into()),
             ),
             "the recipe" => (format!("there is no [{missing}] table"), Some(format!("add one: [{missing}]"))),
-            place => (format!("`{missing}` is missing in {place}"), Some(format!("add `{missing} = ...` to {place}"))),
+            place => {
+                (format!("`{missing}` is missing in {place}"), Some(format!("add `{missing} = ...` to {place}")))
+            }
         };
     }
     if let Some((found, expected)) =

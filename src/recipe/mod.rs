@@ -86,7 +86,11 @@ impl Recipe {
             found.push((key, problem.to_owned(), help.to_owned()));
         };
         if self.train.epochs.is_some() && self.train.steps.is_some() {
-            add("train.steps", "both `epochs` and `steps` are given", "keep one of them: each says how long the run is");
+            add(
+                "train.steps",
+                "both `epochs` and `steps` are given",
+                "keep one of them: each says how long the run is",
+            );
         }
         if self.eval.every.is_some() && self.data.eval.is_none() {
             add("eval.every", "there is nothing to evaluate", "add `eval = \"FILE\"` to [data]");

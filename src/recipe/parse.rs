@@ -69,8 +69,12 @@ pub fn load(path: &Path, overrides: &[String], working_directory: &Path) -> Resu
     let text = std::fs::read_to_string(path).map_err(|e| {
         let near = nearby_recipe(path);
         let (problem, help) = match e.kind() {
-            std::io::ErrorKind::InvalidData => ("is not UTF-8 text".to_owned(), Some("a recipe is a TOML file".to_owned())),
-            std::io::ErrorKind::NotFound => (describe_io(&e), near.map(|near| format!("did you mean {}?", near.display()))),
+            std::io::ErrorKind::InvalidData => {
+                ("is not UTF-8 text".to_owned(), Some("a recipe is a TOML file".to_owned()))
+            }
+            std::io::ErrorKind::NotFound => {
+                (describe_io(&e), near.map(|near| format!("did you mean {}?", near.display())))
+            }
             _ => (describe_io(&e), None),
         };
         RecipeError::Unreadable { path: path.display().to_string(), problem, help }
@@ -111,9 +115,10 @@ pub fn parse(
     }
     let mut tables = Vec::new();
     for text in &padded {
-        tables.push(DeTable::parse(text).map_err(|error| {
-            sources.error(error.span().unwrap_or(0..0), error.message().to_owned(), None)
-        })?);
+        tables.push(
+            DeTable::parse(text)
+                .map_err(|error| sources.error(error.span().unwrap_or(0..0), error.message().to_owned(), None))?,
+        );
     }
     let mut tables = tables.into_iter();
     let root = tables.next().unwrap_or_else(|| Spanned::new(0..0, DeTable::new()));

@@ -72,7 +72,8 @@ impl Resolved {
             let bytes = activation_bytes(inputs.decoder, inputs.lora.rank);
             let rows = (ACTIVATION_BYTES / bytes).clamp(*ROWS.start(), *ROWS.end());
             recipe.train.micro_batch_tokens = Some(Count::constant(rows));
-            let reason = format!("{} bytes of activations a token, at most 1 GiB and {} rows", thousands(bytes), ROWS.end());
+            let reason =
+                format!("{} bytes of activations a token, at most 1 GiB and {} rows", thousands(bytes), ROWS.end());
             reasons.push(("train.micro_batch_tokens", reason));
         }
         if recipe.run.checkpoint_every.is_none() {

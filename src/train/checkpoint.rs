@@ -18,9 +18,9 @@ use safetensors::{SafeTensorError, SafeTensors};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::Reference;
 use super::optimizer::{AdamW, Moments};
 use super::trainer::{Progress, Trainer};
-use super::Reference;
 use crate::adapter::{AdapterError, Adapters, peft};
 use crate::data::Dataset;
 use crate::files::{self, WriteError};
@@ -130,7 +130,13 @@ pub fn list(run: &Path) -> Vec<PathBuf> {
 ///
 /// # Errors
 /// See [`CheckpointError`].
-pub fn save(run: &Path, trainer: &Trainer<'_>, state: &State, base: &str, keep: usize) -> Result<(), CheckpointError> {
+pub fn save(
+    run: &Path,
+    trainer: &Trainer<'_>,
+    state: &State,
+    base: &str,
+    keep: usize,
+) -> Result<(), CheckpointError> {
     let folder = run.join("checkpoints").join(format!("step-{:06}", state.step));
     let adapters = trainer.model().adapters();
     let mut moments = Vec::new();
@@ -140,14 +146,10 @@ pub fn save(run: &Path, trainer: &Trainer<'_>, state: &State, base: &str, keep: 
         }
     }
     let moments = peft::serialize(&moments)?;
-    let reference = reference_bytes(trainer.reference()).map_err(|e| CheckpointError::File {
-        file: folder.join(REFERENCE),
-        problem: e.to_string(),
-    })?;
-    let state = serde_json::to_vec_pretty(state).map_err(|e| CheckpointError::File {
-        file: folder.join(STATE),
-        problem: e.to_string(),
-    })?;
+    let reference = reference_bytes(trainer.reference())
+        .map_err(|e| CheckpointError::File { file: folder.join(REFERENCE), problem: e.to_string() })?;
+    let state = serde_json::to_vec_pretty(state)
+        .map_err(|e| CheckpointError::File { file: folder.join(STATE), problem: e.to_string() })?;
     files::write_folder(&folder, |folder| {
         peft::save(adapters, base, folder)?;
         files::write(&folder.join(OPTIMIZER), &moments)?;

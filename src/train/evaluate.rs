@@ -81,8 +81,11 @@ impl<'d> Evaluation<'d> {
             let sums: Vec<Sums> = spans().map(|span| Sums::of(&scores[span])).collect();
             let references: Vec<_> = spans().map(|span| Some(reference[span].iter().sum())).collect();
             let scored = assemble(items.len(), &parts, &sums, &references);
-            let inputs: Vec<(usize, Scored)> =
-                batch.iter().zip(&scored).flat_map(|(&i, scored)| rows(scored, loss).map(move |row| (i, row))).collect();
+            let inputs: Vec<(usize, Scored)> = batch
+                .iter()
+                .zip(&scored)
+                .flat_map(|(&i, scored)| rows(scored, loss).map(move |row| (i, row)))
+                .collect();
             let evaluated = loss.evaluate(&inputs.iter().map(|(_, row)| *row).collect::<Vec<_>>(), &update)?;
             for ((example, row), &loss) in inputs.iter().zip(&evaluated.losses) {
                 check_finite(step, self.data, *example, row, loss)?;
@@ -107,9 +110,7 @@ fn rows(scored: &Scored, loss: &Loss) -> impl Iterator<Item = Scored> + use<> {
     let apart = loss.examples() == Examples::Labelled;
     let one_side = |chosen, rejected| Scored { prompt: scored.prompt, chosen, rejected };
     let rows = match (scored.chosen, scored.rejected) {
-        (Some(_), Some(_)) if apart => {
-            [Some(one_side(scored.chosen, None)), Some(one_side(None, scored.rejected))]
-        }
+        (Some(_), Some(_)) if apart => [Some(one_side(scored.chosen, None)), Some(one_side(None, scored.rejected))],
         _ => [Some(*scored), None],
     };
     rows.into_iter().flatten()

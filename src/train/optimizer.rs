@@ -36,9 +36,8 @@ impl AdamW {
     /// # Errors
     /// What candle returns.
     pub fn new(adapters: &Adapters) -> Result<Self> {
-        let zero = |(_, tensor): (_, &Tensor)| {
-            Ok(Moments { first: tensor.zeros_like()?, second: tensor.zeros_like()? })
-        };
+        let zero =
+            |(_, tensor): (_, &Tensor)| Ok(Moments { first: tensor.zeros_like()?, second: tensor.zeros_like()? });
         Ok(Self { moments: adapters.tensors().map(zero).collect::<Result<_>>()?, steps: 0 })
     }
 

@@ -5,12 +5,12 @@ use std::time::Instant;
 use miette::Diagnostic;
 use thiserror::Error;
 
+use super::Schedule;
 use super::batch::{Item, Layout, Part};
 use super::evaluate::Evaluation;
 use super::metrics::{Metrics, Sums, Tally};
 use super::optimizer::{self, AdamW};
 use super::reference::Reference;
-use super::Schedule;
 use crate::adapter::Gradients;
 use crate::data::Dataset;
 use crate::loss::{Loss, Scored, Sequence, Slopes, Update};

@@ -14,8 +14,8 @@ use crate::adapter::peft;
 use crate::cli;
 use crate::files;
 use crate::interrupt::Interrupt;
-use crate::model::generate::Stop;
 use crate::model::Adapter;
+use crate::model::generate::Stop;
 use crate::progress::{Bar, Console, duration, short};
 use crate::run_folder::MetricsLog;
 use crate::train::checkpoint::{self, State};
@@ -294,8 +294,8 @@ fn held_out(metrics: &Metrics) -> String {
         ("kl_to_reference", "KL", 4),
         ("perplexity", "perplexity", 2),
     ];
-    let shown = shown.into_iter().filter_map(|(name, label, digits)| {
-        Some(format!("{label} {:.digits$}", metrics.get(name)?))
-    });
+    let shown = shown
+        .into_iter()
+        .filter_map(|(name, label, digits)| Some(format!("{label} {:.digits$}", metrics.get(name)?)));
     shown.collect::<Vec<_>>().join("  ")
 }

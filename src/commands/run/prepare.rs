@@ -19,8 +19,8 @@ use crate::model::{Model, ModelError, WeightFiles, family};
 use crate::progress::{Console, short, thousands};
 use crate::recipe::{self, Inputs, Parsed, Resolved};
 use crate::run_folder::RunFolder;
-use crate::train::checkpoint::{self, Fingerprints, State};
 use crate::train::Progress;
+use crate::train::checkpoint::{self, Fingerprints, State};
 
 /// A run folder and the recipe in it.
 #[derive(Debug)]
@@ -244,7 +244,8 @@ fn new_adapters(
 }
 
 fn write_recipes(folder: &RunFolder, parsed: &Parsed, resolved: &Resolved) -> Result<(), Failure> {
-    let text = resolved.toml(parsed).map_err(|e| Failure::Failed(miette!("cannot write the resolved recipe: {e}")))?;
+    let text =
+        resolved.toml(parsed).map_err(|e| Failure::Failed(miette!("cannot write the resolved recipe: {e}")))?;
     files::write(&folder.recipe(), parsed.text.as_bytes()).map_err(failed)?;
     files::write(&folder.resolved_recipe(), text.as_bytes()).map_err(failed)
 }

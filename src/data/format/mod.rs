@@ -15,8 +15,8 @@ use std::fmt;
 
 use serde_json::{Map, Value};
 
-use super::source::kind;
 use super::DropReason;
+use super::source::kind;
 use crate::loss::Examples;
 pub(super) use messages::Message;
 
