@@ -203,3 +203,104 @@ impl PythonJson {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::{Path, PathBuf};
+
+    use serde_json::{Map, Value as Json};
+
+    use super::*;
+
+    fn fixture(name: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+    }
+
+    fn read_json<T: serde::de::DeserializeOwned>(file: &Path) -> T {
+        serde_json::from_str(&std::fs::read_to_string(file).expect("the fixture")).expect("valid JSON")
+    }
+
+    fn conversations() -> BTreeMap<String, Vec<Message>> {
+        let conversations: BTreeMap<String, Vec<Map<String, Json>>> =
+            read_json(&fixture("templates/conversations.json"));
+        let message = |mut fields: Map<String, Json>| {
+            let mut take = |name| fields.shift_remove(name).and_then(|v| v.as_str().map(ToOwned::to_owned));
+            Message { role: take("role").expect("a role"), content: take("content").expect("content"), rest: fields }
+        };
+        conversations.into_iter().map(|(name, list)| (name, list.into_iter().map(message).collect())).collect()
+    }
+
+    fn tokens() -> Vec<(String, String)> {
+        [("bos_token", "<s>"), ("eos_token", "</s>")].map(|(name, token)| (name.to_owned(), token.to_owned())).into()
+    }
+
+    /// Renders every conversation as a prompt and whole.
+    fn renders(template: &Template) -> BTreeMap<String, [Result<String, String>; 2]> {
+        let render = |messages: &Vec<Message>| {
+            [true, false].map(|prompt| template.render(&messages.iter().collect::<Vec<_>>(), prompt))
+        };
+        conversations().iter().map(|(name, messages)| (name.clone(), render(messages))).collect()
+    }
+
+    #[test]
+    fn templates_render_as_in_transformers() {
+        let expected: BTreeMap<String, BTreeMap<String, [Json; 2]>> = read_json(&fixture("templates/expected.json"));
+        assert_eq!(expected.len(), 5);
+        for (name, expected) in expected {
+            let source = std::fs::read_to_string(fixture("templates").join(&name)).expect("the template");
+            let template = Template::new(&source, tokens()).expect("it parses");
+            for (conversation, rendered) in renders(&template) {
+                for (rendered, expected) in rendered.iter().zip(&expected[&conversation]) {
+                    match (rendered, expected) {
+                        (Ok(text), Json::String(expected)) => assert_eq!(text, expected, "{name}, {conversation}"),
+                        (Err(error), Json::Object(expected)) => {
+                            let message = expected["error"].as_str().expect("a message");
+                            assert!(error.starts_with(message), "{name}, {conversation}: {error}");
+                        }
+                        _ => panic!("{name}, {conversation}: {rendered:?}, not {expected}"),
+                    }
+                }
+            }
+        }
+    }
+
+    /// Outputs of templates that others wrote are known by their digests alone.
+    #[test]
+    fn real_templates_render_as_in_transformers() {
+        let Some(real) = std::env::var_os("DPO_LORA_REAL").map(PathBuf::from) else {
+            eprintln!("real_templates_render_as_in_transformers: skipped, DPO_LORA_REAL is not set");
+            return;
+        };
+        let expected: Json = read_json(&fixture("data/real.json"));
+        let expected = expected["templates"].as_object().expect("templates by name");
+        assert!(expected.len() > 5);
+        for (name, expected) in expected {
+            let source = std::fs::read_to_string(real.join("chat_templates").join(name)).expect("the template");
+            let template = Template::new(&source, tokens()).expect("it parses");
+            for (conversation, rendered) in renders(&template) {
+                for (rendered, expected) in rendered.iter().zip(expected[&conversation].as_array().expect("two")) {
+                    let digest = rendered
+                        .as_ref()
+                        .map_or("raises".to_owned(), |text| crate::data::tests::digest(text.bytes().map(u64::from)));
+                    assert_eq!(&digest, expected, "{name}, {conversation}: {rendered:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_template_that_never_ends_is_stopped() {
+        let endless = "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}";
+        let error = Template::new(endless, tokens()).expect("it parses").render(&[], false).expect_err("it ends");
+        assert_eq!(error, "it runs without end");
+        let large = "{{ 'x' * 10000000000 }}";
+        assert!(Template::new(large, tokens()).expect("it parses").render(&[], false).is_err());
+    }
+
+    #[test]
+    fn a_broken_template_is_shown_with_its_line() {
+        let error = Template::new("{{ bos_token }}\n{% for message in %}", tokens()).expect_err("it is broken");
+        assert!(error.contains("(line 2 of the template)"), "{error}");
+    }
+}
