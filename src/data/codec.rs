@@ -83,7 +83,9 @@ impl Codec {
             .add_special_tokens(known)
             .map_err(|e| DataError::file(&file, format!("does not take its special tokens: {e}")))?;
         let added = tokenizer.get_added_tokens_decoder();
-        let mut special: Vec<String> = added.values().map(|token| token.content.clone()).collect();
+        let texts = added.values().map(|token| token.content.clone());
+        // some tokenizers add runs of spaces, which end no turn
+        let mut special: Vec<String> = texts.filter(|text| !text.trim().is_empty()).collect();
         special.sort_unstable();
 
         let prefix = prefix(&tokenizer).map_err(|e| DataError::file(&file, e))?;
