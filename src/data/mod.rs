@@ -1,7 +1,7 @@
 //! From preference files to token ids.
 //!
-//! [`source`] yields rows, one at a time, of Parquet and JSON files; [`format`] recognises what their columns mean;
-//! [`template`] renders conversations as the model expects them; [`encode`] finds the ids and the boundary between
+//! `source` yields rows, one at a time, of Parquet and JSON files; `format` recognises what their columns mean;
+//! `template` renders conversations as the model expects them; `encode` finds the ids and the boundary between
 //! prompt and completion; a [`Dataset`] keeps ids only. What cannot be trained on is dropped, counted by reason and
 //! listed with its file and row, or refused: nothing is repaired silently.
 
