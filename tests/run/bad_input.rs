@@ -26,7 +26,10 @@ fn says(text: &str, parts: &[&str]) {
 fn model(place: &Place) {
     for entry in fs::read_dir(quickstart().join("model")).expect("read") {
         let path = entry.expect("read").path();
-        place.write(&format!("model/{}", path.file_name().expect("a name").to_string_lossy()), fs::read(&path).expect("read"));
+        place.write(
+            &format!("model/{}", path.file_name().expect("a name").to_string_lossy()),
+            fs::read(&path).expect("read"),
+        );
     }
 }
 
@@ -119,10 +122,8 @@ fn data_that_is_not_there_empty_broken_or_of_another_shape() {
 fn parquet_without_the_needed_columns() {
     let place = Place::new();
     let eval = quickstart().join("eval.parquet");
-    let text = refused(
-        &place,
-        &["--set", &format!("data.train={}", eval.display()), "--set", "data.columns.chosen=better"],
-    );
+    let text =
+        refused(&place, &["--set", &format!("data.train={}", eval.display()), "--set", "data.columns.chosen=better"]);
     says(&text, &["eval.parquet", "has no column `better`"]);
 }
 

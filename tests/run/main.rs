@@ -1,8 +1,8 @@
 //! `dpo-lora run` as its users meet it: the binary, its files, its messages, its exit codes.
 
 mod bad_input;
-mod resume;
 mod results;
+mod resume;
 mod trl;
 
 use std::fs;
@@ -27,7 +27,7 @@ impl Place {
         let model = format!("[model]\nsource = \"{}\"\n", quickstart.join("model").display());
         let train = "[adapter]\nrank = 4\n[loss.dpo]\n[train]\nsteps = 6\nbatch_size = 4\nlearning_rate = 1e-3\n\
                      [eval]\nsamples = 1\nmax_new_tokens = 8\n";
-        place.write("recipe.toml", &format!("{model}{rows}{train}"));
+        place.write("recipe.toml", format!("{model}{rows}{train}"));
         place
     }
 

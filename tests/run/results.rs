@@ -30,12 +30,14 @@ fn a_run_folder_has_everything_and_the_summary_says_so() {
     assert_eq!(written["before"]["rewards/margins"], 0);
     assert!(written["after"]["loss"].as_f64() < written["before"]["loss"].as_f64());
     assert!(written["hashes"]["adapter"].is_string());
-    let sample: Value = serde_json::from_str(place.read("out/samples.jsonl").lines().next().expect("one")).expect("JSON");
+    let sample: Value =
+        serde_json::from_str(place.read("out/samples.jsonl").lines().next().expect("one")).expect("JSON");
     assert!(sample["base"].is_string() && sample["policy"].is_string());
 
     let metrics = place.metrics("out");
     assert_eq!(metrics.len(), 7, "the start and six updates");
-    for name in ["loss", "grad_norm", "learning_rate", "epoch", "rewards/chosen", "rewards/margins", "logps/rejected"] {
+    for name in ["loss", "grad_norm", "learning_rate", "epoch", "rewards/chosen", "rewards/margins", "logps/rejected"]
+    {
         assert!(metrics[1][name].is_number(), "{name}");
     }
     assert_eq!(metrics[1]["loss"].as_f64(), Some(std::f64::consts::LN_2));
@@ -45,7 +47,8 @@ fn a_run_folder_has_everything_and_the_summary_says_so() {
 #[test]
 fn every_loss_trains() {
     let place = Place::new();
-    for loss in ["dpo.label_smoothing=0.1", "ipo.reduction=\"sum\"", "kto.beta=0.1", "orpo.nll=\"prompt+completion\""] {
+    for loss in ["dpo.label_smoothing=0.1", "ipo.reduction=\"sum\"", "kto.beta=0.1", "orpo.nll=\"prompt+completion\""]
+    {
         let loss = format!("loss.{loss}");
         let out = loss.split('=').next().expect("a name");
         place.train(out, &["--set", &loss, "--set", "train.steps=3", "--set", "train.warmup=0"]);
@@ -64,7 +67,10 @@ fn an_adapter_of_a_run_starts_another() {
     let place = Place::new();
     place.train("first", &[]);
     place.write("recipe.toml", place.read("recipe.toml").replace("rank = 4\n", ""));
-    place.train("second", &["--set", "adapter.init=first/adapter", "--set", "train.steps=1", "--set", "train.warmup=1"]);
+    place.train(
+        "second",
+        &["--set", "adapter.init=first/adapter", "--set", "train.steps=1", "--set", "train.warmup=1"],
+    );
     // an update at learning rate zero: the adapter went in and came out
     assert_eq!(place.adapter("first"), place.adapter("second"));
 }

@@ -38,7 +38,9 @@ fn the_first_updates_are_those_of_trl() {
         assert!((number(ours, "loss") - number(theirs, "loss")).abs() < 1e-4, "step {step}: loss");
         let relative = number(ours, "grad_norm") / number(theirs, "grad_norm") - 1.0;
         assert!(relative.abs() < 1e-3, "step {step}: grad_norm {relative}");
-        for name in ["rewards/chosen", "rewards/margins", "logps/chosen", "logps/rejected", "logits/chosen", "entropy"] {
+        for name in
+            ["rewards/chosen", "rewards/margins", "logps/chosen", "logps/rejected", "logits/chosen", "entropy"]
+        {
             let (a, b) = (number(ours, name), number(theirs, name));
             assert!((a - b).abs() < 1e-3 * b.abs().max(1.0), "step {step}: {name} {a} {b}");
         }
