@@ -8,6 +8,7 @@ use tokenizers::{AddedToken, Tokenizer};
 use super::DataError;
 use super::dataset::DropReason;
 use super::format::{Bad, Message};
+use super::hostile::unpanicked;
 use super::template::Template;
 use crate::files::{self, WriteError};
 use crate::tensor_file::read_text;
@@ -56,7 +57,8 @@ impl Codec {
             let help = "transformers writes one: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)";
             return Err(DataError::file(&file, "does not exist beside tokenizer.model").help(help));
         }
-        let mut tokenizer = Tokenizer::from_bytes(read_text(&file)?).map_err(|e| {
+        let text = read_text(&file)?;
+        let mut tokenizer = unpanicked(|| Tokenizer::from_bytes(text)).map_err(|e| {
             DataError::file(&file, format!("is no valid tokenizer: {e}")).help("fetch the file again")
         })?;
         // a limit that was saved by accident would silently cut every text
@@ -127,7 +129,7 @@ impl Codec {
     /// Text of `ids`, special tokens left out.
     #[must_use]
     pub fn decode(&self, ids: &[u32]) -> String {
-        self.tokenizer.decode(ids, true).unwrap_or_default()
+        unpanicked(|| self.tokenizer.decode(ids, true)).unwrap_or_default()
     }
 
     /// Tokens that end an answer: the tokenizer's EOS and those of the model's generation settings.
@@ -183,9 +185,7 @@ impl Codec {
 
     /// Ids of a text, with one BOS at the start where the tokenizer puts one and the text has none.
     pub(super) fn encode(&self, text: &str) -> Result<Vec<u32>, Bad> {
-        let encoding = self
-            .tokenizer
-            .encode_fast(text, false)
+        let encoding = unpanicked(|| self.tokenizer.encode_fast(text, false))
             .map_err(|e| Bad::new(DropReason::Malformed, format!("the tokenizer fails: {e}")))?;
         let ids = encoding.get_ids();
         if ids.starts_with(&self.prefix) {
@@ -213,7 +213,8 @@ impl Codec {
 fn prefix(tokenizer: &Tokenizer) -> Result<Vec<u32>, String> {
     const TEXT: &str = "a";
     let ids = |special| {
-        let encoding = tokenizer.encode(TEXT, special).map_err(|e| format!("does not tokenise a letter: {e}"))?;
+        let encoding =
+            unpanicked(|| tokenizer.encode(TEXT, special)).map_err(|e| format!("does not tokenise a letter: {e}"))?;
         Ok::<_, String>(encoding.get_ids().to_vec())
     };
     let (plain, processed) = (ids(false)?, ids(true)?);

@@ -13,6 +13,7 @@ use serde::ser::SerializeSeq;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value};
 
+use super::hostile::unpanicked;
 use super::{Columns, DataError};
 use crate::progress::Bar;
 use crate::suggest::did_you_mean;
@@ -364,7 +365,8 @@ impl DataFile {
             problem: format!("is no whole Parquet file: {e}"),
             help: Some("the download or copy may not have finished; fetch the file again".into()),
         };
-        let file = SerializedFileReader::new(self.open_file()?).map_err(|e| broken(None, &e))?;
+        let file = self.open_file()?;
+        let file = unpanicked(|| SerializedFileReader::new(file)).map_err(|e| broken(None, &e))?;
         let metadata = file.metadata().file_metadata();
         let fields = metadata.schema().get_fields();
         rows.columns(fields.iter().map(|field| field.name().to_owned()).collect())?;
@@ -373,10 +375,11 @@ impl DataFile {
         let schema = Type::group_type_builder(metadata.schema().name()).with_fields(read).build();
         let schema = schema.map_err(|e| broken(None, &e))?;
         let total = u64::try_from(metadata.num_rows()).unwrap_or(0).max(1);
-        let table = file.get_row_iter(Some(schema)).map_err(|e| broken(None, &e))?;
-        for (number, row) in (1..).zip(table) {
+        let mut table = unpanicked(|| file.get_row_iter(Some(schema))).map_err(|e| broken(None, &e))?;
+        for number in 1.. {
             let place = Place::Row(number);
-            let row = row.map_err(|e| broken(Some(place), &e))?;
+            let row = unpanicked(|| table.next().transpose()).map_err(|e| broken(Some(place), &e))?;
+            let Some(row) = row else { break };
             let values = row
                 .into_columns()
                 .into_iter()

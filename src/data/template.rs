@@ -3,8 +3,8 @@
 use std::fmt::Write;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Serde, Value, ValueKind};
-use minijinja::{Environment, Error, ErrorKind, Output, State, escape_formatter};
+use minijinja::value::{Kwargs, Serde, Value};
+use minijinja::{Environment, Error, ErrorKind};
 use regex::{Captures, Regex};
 
 use super::format::Message;
@@ -32,7 +32,6 @@ impl Template {
             SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(|e| describe(&e))?;
         environment.set_syntax(syntax);
         environment.set_fuel(Some(FUEL));
-        environment.set_formatter(format_as_python);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_filter("tojson", tojson);
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
@@ -89,15 +88,6 @@ fn without_generation_blocks(source: &str) -> String {
         format!("{{%{} {}with {}%}}", &tag[1], tag.get(2).map_or("", |end| end.as_str()), &tag[3])
     })
     .into_owned()
-}
-
-/// Prints None, True and False as Python does.
-fn format_as_python(out: &mut Output, state: &mut State, value: &Value) -> Result<(), Error> {
-    match value.kind() {
-        ValueKind::None => out.write_str("None").map_err(Error::from),
-        ValueKind::Bool => out.write_str(if value.is_true() { "True" } else { "False" }).map_err(Error::from),
-        _ => escape_formatter(out, state, value),
-    }
 }
 
 /// Python's `json.dumps` with the defaults of transformers: `ensure_ascii=False`, separators with a space.
