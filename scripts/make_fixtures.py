@@ -3,7 +3,7 @@
     python -m venv venv && venv/bin/pip install -r scripts/requirements-fixtures.txt
     venv/bin/python scripts/make_fixtures.py
 
-Made with Python 3, torch 2.15.0, transformers 5.23.0, peft 0.21.2, trl 1.16.0 (CPU), seed 0; another version stops the
+Made with Python 3.11, torch 2.15.0, transformers 5.23.0, peft 0.21.2, trl 1.16.0, on a CPU; another version stops the
 script. The models and the adapters are stored in f32; everything computed from them is computed in f64, so that the
 tests measure this project's rounding and not the reference's. For that the norms are kept from casting to f32
 (transformers' LlamaRMSNorm always does); rope's angles, cosines and sines stay in f32, as transformers has them.

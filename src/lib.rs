@@ -20,6 +20,7 @@
 //! `examples/dpo_step_by_step.rs` derives the losses for a newcomer.
 
 pub mod adapter;
+pub mod allocator;
 pub mod cli;
 pub mod commands;
 pub mod data;

@@ -7,6 +7,7 @@ use dpo_lora::cli::{Cli, Command};
 use dpo_lora::commands::{self, Failure};
 
 fn main() -> ExitCode {
+    dpo_lora::allocator::keep_freed_memory();
     // a usage error ends the process with 2, as every other wrong request does
     let cli = Cli::parse();
     let outcome = match &cli.command {

@@ -14,6 +14,9 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 /// How long nothing may be written where there is no terminal.
 const PLAIN_EVERY: Duration = Duration::from_secs(10);
 
+/// How often a bar is drawn again by itself.
+const REDRAW_EVERY: Duration = Duration::from_millis(250);
+
 /// stderr.
 #[derive(Debug)]
 pub struct Console {
@@ -52,6 +55,7 @@ impl Console {
 
     /// Writes a line with a subject in front, in a column: `model    2.8M parameters`.
     pub fn fact(&self, subject: &str, text: impl Display) {
+        let text = text.to_string().replace('\n', "\n           ");
         self.line(format_args!("{subject:<10} {text}"));
     }
 
@@ -84,6 +88,8 @@ impl Console {
         let style = ProgressStyle::with_template(template).expect("the templates in this file are valid");
         let bar = self.bars.add(ProgressBar::new(total).with_style(style));
         bar.set_message(what);
+        // drawn at once and kept alive while one step takes long
+        bar.enable_steady_tick(REDRAW_EVERY);
         Bar { bar, what, console: self, last_line: Mutex::new(Instant::now()) }
     }
 }
@@ -145,7 +151,7 @@ pub fn thousands(number: usize) -> String {
     let digits = number.to_string();
     let mut text = String::new();
     for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i) % 3 == 0 {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
             text.push(',');
         }
         text.push(digit);

@@ -131,7 +131,11 @@ pub fn load_config(folder: &Path) -> Result<LoraConfig, AdapterError> {
         value => serde_json::from_value::<Targets>(value.clone())
             .map_err(|_| error(format!("`target_modules` is {value}, not names or a pattern"), None))?,
     };
-    let rslora = matches!(get("use_rslora"), Value::Bool(true));
+    let rslora = match get("use_rslora") {
+        Value::Null => false,
+        Value::Bool(rslora) => *rslora,
+        value => return Err(error(format!("`use_rslora` is {value}, not true or false"), None)),
+    };
     Ok(LoraConfig { rank: rank as usize, alpha, rslora, dropout, targets })
 }
 
@@ -152,7 +156,20 @@ pub fn load(folder: &Path, modules: &[Module], dtype: DType) -> Result<Adapters,
         }
     }
     let file = TensorFile::open(&folder.join(TENSORS_FILE))?;
-    let selected = config.targets.select(modules)?;
+    // the targets stand in the adapter's file, not in the recipe that the error would speak of
+    let selected = config.targets.select(modules).map_err(|e| AdapterError::File {
+        file: folder.join(CONFIG_FILE),
+        problem: match e {
+            AdapterError::NoModule { target, .. } => {
+                format!("`{target}` in target_modules matches no module of the model")
+            }
+            AdapterError::BadPattern { pattern, .. } => {
+                format!("target_modules is {pattern:?}, no regular expression")
+            }
+            other => other.to_string(),
+        },
+        help: Some("the adapter was made for another base".into()),
+    })?;
     let mut unused: BTreeMap<String, ()> = file.names().into_iter().map(|name| (name, ())).collect();
     let mut loras = Vec::with_capacity(modules.len());
     for (module, selected) in modules.iter().zip(selected) {
@@ -287,4 +304,154 @@ pub enum SaveError {
     #[error(transparent)]
     #[diagnostic(transparent)]
     Adapter(#[from] AdapterError),
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::model::Projection;
+
+    fn modules() -> Vec<Module> {
+        let path = |projection: Projection| format!("model.layers.0.{}", projection.name());
+        Projection::ALL.map(|projection| Module { path: path(projection), inputs: 6, outputs: 5 }).to_vec()
+    }
+
+    /// An adapter whose `B` is not zero.
+    fn adapters(targets: Targets) -> Adapters {
+        let config = LoraConfig { rank: 3, alpha: 4.5, rslora: true, dropout: 0.25, targets };
+        let mut adapters = crate::adapter::new(&config, &modules(), 1, DType::F32, &Device::Cpu).expect("made");
+        let moved: Vec<Tensor> = adapters.tensors().map(|(_, tensor)| (tensor + 0.1).expect("moved")).collect();
+        adapters.replace(moved);
+        adapters
+    }
+
+    /// An adapter folder as [`save`] writes it.
+    fn folder() -> tempfile::TempDir {
+        let folder = tempfile::tempdir().expect("a folder");
+        save(&adapters(Targets::AllLinear), "base", folder.path()).expect("written");
+        folder
+    }
+
+    fn put(folder: &Path, tensors: &[(String, Tensor)]) {
+        fs::write(folder.join(TENSORS_FILE), serialize(tensors).expect("serialised")).expect("written");
+    }
+
+    /// File name, problem and help of the error of loading a folder.
+    fn error(folder: &Path) -> (String, String, String) {
+        match load(folder, &modules(), DType::F32).expect_err("something is wrong with it") {
+            AdapterError::File { file, problem, help } => {
+                let name = file.strip_prefix(folder).expect("in the folder").display().to_string();
+                (name, problem, help.unwrap_or_default())
+            }
+            other => panic!("{other}"),
+        }
+    }
+
+    fn config_problem(key: &str, value: Value) -> String {
+        let folder = folder();
+        let file = folder.path().join(CONFIG_FILE);
+        let mut config: Value = serde_json::from_str(&fs::read_to_string(&file).expect("read")).expect("JSON");
+        config[key] = value;
+        fs::write(file, config.to_string()).expect("written");
+        let (file, problem, _) = error(folder.path());
+        assert_eq!(file, CONFIG_FILE);
+        problem
+    }
+
+    #[test]
+    fn what_is_saved_is_loaded() {
+        let names = Targets::Names(vec!["q_proj".into(), "down_proj".into()]);
+        for targets in [Targets::AllLinear, names, Targets::Pattern(r".*\.mlp\..*".into())] {
+            let saved = adapters(targets);
+            let folder = tempfile::tempdir().expect("a folder");
+            save(&saved, "base", folder.path()).expect("written");
+            let loaded = load(folder.path(), &modules(), DType::F32).expect("loaded");
+            let LoraConfig { rank, alpha, rslora, dropout, .. } = loaded.config();
+            assert_eq!((*rank, *alpha, *rslora, *dropout), (3, 4.5, true, 0.25));
+            let values = |adapters: &Adapters| -> Vec<_> {
+                adapters.tensors().map(|(name, tensor)| (name, tensor.to_vec2::<f32>().expect("f32"))).collect()
+            };
+            assert_eq!(values(&loaded), values(&saved));
+        }
+    }
+
+    #[test]
+    fn an_adapter_that_is_no_plain_lora_is_refused_by_option() {
+        for key in UNSUPPORTED {
+            let problem = config_problem(key, json!({"on": true}));
+            assert_eq!(problem, format!("`{key}` is {{\"on\":true}}, which is not supported"));
+        }
+        for (key, value, expected) in [
+            ("peft_type", json!("IA3"), "peft_type is \"IA3\", not \"LORA\""),
+            ("bias", json!("lora_only"), "bias is \"lora_only\", not \"none\""),
+            (
+                "init_lora_weights",
+                json!("pissa"),
+                "init_lora_weights is \"pissa\", which changed the base it belongs to",
+            ),
+            ("r", json!(0), "`r` is 0, not a rank"),
+            ("r", json!(2.5), "`r` is 2.5, not a rank"),
+            ("r", json!(1e300), "`r` is 1000000000000000"),
+            ("r", json!("8"), "`r` is \"8\", not a number"),
+            ("lora_alpha", json!(-1), "`lora_alpha` is -1, not above zero"),
+            ("lora_dropout", json!(1), "`lora_dropout` is 1, not a share"),
+            ("use_rslora", json!("true"), "`use_rslora` is \"true\", not true or false"),
+            ("target_modules", Value::Null, "`target_modules` is missing"),
+            ("target_modules", json!([]), "`target_modules` is [], not names or a pattern"),
+            ("target_modules", json!(["lm_head"]), "`lm_head` in target_modules matches no module of the model"),
+            ("target_modules", json!("q_(proj"), "target_modules is \"q_(proj\", no regular expression"),
+        ] {
+            let problem = config_problem(key, value);
+            assert!(problem.starts_with(expected), "{problem}");
+        }
+    }
+
+    #[test]
+    fn a_tensor_that_is_missing_left_over_or_of_another_shape_is_named() {
+        let adapters = adapters(Targets::AllLinear);
+        let named = |(name, tensor): (String, &Tensor)| (format!("base_model.model.{name}.weight"), tensor.clone());
+        let tensors: Vec<_> = adapters.tensors().map(named).collect();
+        let name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight";
+        assert_eq!(tensors[0].0, name);
+        let folder = folder();
+
+        put(folder.path(), &tensors[1..]);
+        let (file, problem, _) = error(folder.path());
+        assert_eq!((file.as_str(), problem), (TENSORS_FILE, format!("has no tensor `{name}`")));
+
+        let extra = ("base_model.model.lm_head.weight".to_owned(), tensors[0].1.clone());
+        put(folder.path(), &[tensors.clone(), vec![extra]].concat());
+        let (_, problem, _) = error(folder.path());
+        assert_eq!(problem, "tensor `base_model.model.lm_head.weight` belongs to no targeted module of this model");
+
+        let mut turned = tensors;
+        turned[0].1 = turned[0].1.t().and_then(|t| t.contiguous()).expect("turned");
+        put(folder.path(), &turned);
+        let (_, problem, _) = error(folder.path());
+        assert_eq!(problem, format!("tensor `{name}` is [6, 3], not [3, 6]"));
+    }
+
+    #[test]
+    fn a_file_that_is_not_the_one_it_should_be_is_named() {
+        for name in [CONFIG_FILE, TENSORS_FILE] {
+            let folder = folder();
+            let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1048576\n";
+            fs::write(folder.path().join(name), pointer).expect("written");
+            let (file, problem, help) = error(folder.path());
+            assert_eq!((file.as_str(), problem.as_str()), (name, "is a Git-LFS pointer, not the file itself"));
+            assert!(help.contains("git lfs pull"));
+            fs::remove_file(folder.path().join(name)).expect("removed");
+            assert_eq!(error(folder.path()).1, "does not exist");
+        }
+        let folder = folder();
+        fs::rename(folder.path().join(TENSORS_FILE), folder.path().join("adapter_model.bin")).expect("renamed");
+        let (file, problem, help) = error(folder.path());
+        assert_eq!(file, "adapter_model.bin");
+        assert!(problem.contains("pickles can run code") && help.contains("save_pretrained"), "{problem}");
+        let config = folder.path().join(CONFIG_FILE);
+        let problem = load(&config, &modules(), DType::F32).expect_err("a file").to_string();
+        assert!(problem.ends_with("is no adapter folder"), "{problem}");
+    }
 }

@@ -430,7 +430,7 @@ impl fmt::Display for Facts {
         }
         write!(
             f,
-            ": {}; prompt {:.0} + completion {:.0} tokens on average, {} at most",
+            ": {}\nprompt {:.0} + completion {:.0} tokens on average, {} together at most",
             self.shapes.join(", "),
             self.mean_prompt,
             self.mean_completion,
@@ -443,7 +443,7 @@ impl fmt::Display for Facts {
             let moved = thousands(self.boundary_moved);
             write!(
                 f,
-                "; {moved} with the end of the prompt left out, as it is tokenised differently before a completion"
+                "\n{moved} with the end of the prompt left out, as it is tokenised differently before a completion"
             )?;
         }
         Ok(())

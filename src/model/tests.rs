@@ -391,3 +391,11 @@ fn a_token_outside_the_vocabulary_is_an_error() {
         assert!(error.to_string().contains("token 11 is outside the model's vocabulary of 11"), "{error}");
     }
 }
+
+/// It would silently never train.
+#[test]
+fn a_trainable_tensor_without_a_gradient_is_named() {
+    let decoder = GROUPED.decoder(DType::F32);
+    let missing = Gradients::default().in_order(&adapters(&decoder, 0.0)).expect_err("none has one");
+    assert_eq!(missing, "model.layers.0.self_attn.q_proj");
+}

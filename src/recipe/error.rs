@@ -1,6 +1,7 @@
 //! What is wrong with a recipe, in the user's own file.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use miette::{Diagnostic, NamedSource, SourceSpan};
 use thiserror::Error;
@@ -31,7 +32,7 @@ pub enum RecipeError {
         help: Option<String>,
         /// The file or the `--set` argument.
         #[source_code]
-        source_code: NamedSource<String>,
+        source_code: Arc<NamedSource<String>>,
         /// Where.
         #[label("here")]
         span: SourceSpan,
@@ -140,7 +141,7 @@ impl Sources {
         if !self.in_file(span.start) {
             return format!("`{name} {text}`");
         }
-        let before = &text[..text.floor_char_boundary(span.end.saturating_sub(*start).min(text.len()))];
+        let before = text.get(..span.end.saturating_sub(*start)).unwrap_or(text);
         let header = before.lines().rev().map(str::trim).find(|line| line.starts_with('['));
         match header.and_then(|line| line.split(']').next()) {
             Some(header) => format!("{}]", header.replace("[[", "[")),
@@ -155,7 +156,7 @@ impl Sources {
         RecipeError::Mistake {
             problem,
             help,
-            source_code: NamedSource::new(name, text.clone()).with_language("TOML"),
+            source_code: Arc::new(NamedSource::new(name, text.clone())),
             span: (from, to.saturating_sub(from)).into(),
             related: Vec::new(),
         }

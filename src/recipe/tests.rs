@@ -137,3 +137,34 @@ fn a_warm_up_longer_than_the_run_is_refused() {
     let error = Resolved::new(&parsed, &inputs).expect_err("refused");
     assert!(error.to_string().contains("longer than the run of 10"), "{error}");
 }
+
+#[test]
+fn the_page_on_recipes_has_every_key() {
+    let page = include_str!("../../docs/recipe.md");
+    let everything = r#"
+        run = { out = "o", checkpoint_every = 1 }
+        model = { source = "m" }
+        adapter = { rank = 1, alpha = 1, rslora = true, dropout = 0, targets = "all-linear", init = "i" }
+        data = { train = "t", eval = "e", max_prompt_length = 1, chat_template = "c", columns = { prompt = "p" } }
+        loss = { dpo = {} }
+        train = { epochs = 1, steps = 1, micro_batch_tokens = 1 }
+        eval = { every = 1 }
+    "#;
+    let recipe: Recipe = toml::from_str(everything).expect("read");
+    let tables = toml::Table::try_from(&recipe).expect("written");
+    let loss = |name: &str| toml::from_str::<Recipe>(&everything.replace("dpo", name)).expect("a loss").loss;
+    for name in ["dpo", "ipo", "kto", "orpo", "sft"] {
+        let table = toml::Table::try_from(loss(name)).expect("written");
+        for key in table[name].as_table().expect("a table").keys() {
+            assert!(page.contains(&format!("`{key}`")), "[loss.{name}] {key}");
+        }
+        assert!(page.contains(&format!("`[loss.{name}]`")), "{name}");
+    }
+    for (name, table) in tables.iter().filter(|(name, _)| *name != "loss") {
+        let section = page.split(&format!("## `[{name}]`")).nth(1).unwrap_or_else(|| panic!("[{name}]"));
+        let section = section.split("\n## ").next().expect("a part");
+        for key in table.as_table().expect("a table").keys() {
+            assert!(section.contains(&format!("`{key}`")), "[{name}] {key}");
+        }
+    }
+}

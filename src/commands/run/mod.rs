@@ -30,7 +30,7 @@ pub fn run(arguments: &cli::Run) -> Result<(), Failure> {
     let interrupt = Interrupt::listen().map_err(|e| Failure::Failed(miette!("cannot listen for signals: {e}")))?;
     let prepared = prepare::prepare(arguments, &console)?;
     let training = Training::begin(&prepared, &console, &interrupt)?;
-    let summary = training.to_the_end()?;
+    let summary = training.finish()?;
     if arguments.json {
         use std::io::Write;
         let written = writeln!(std::io::stdout(), "{summary:#}");
@@ -93,7 +93,7 @@ impl<'p> Training<'p> {
         })
     }
 
-    fn to_the_end(mut self) -> Result<Value, Failure> {
+    fn finish(mut self) -> Result<Value, Failure> {
         if self.saved_step.is_none() {
             self.before = self.evaluate()?;
             if let Some(before) = &self.before {

@@ -13,6 +13,10 @@ pub(super) fn decoder(config: &ConfigJson) -> Result<DecoderConfig, ModelError> 
     let hidden_size = config.size("hidden_size")?;
     let num_attention_heads = config.size("num_attention_heads")?;
     let head_dim = config.size_or("head_dim", (hidden_size / num_attention_heads).max(1))?;
+    // rope's table is made from it before any weight is there to contradict it
+    if head_dim > 1 << 16 {
+        return Err(config.error(format!("`head_dim` is {head_dim}, above 65536"), None));
+    }
     Ok(DecoderConfig {
         hidden_size,
         intermediate_size: config.size("intermediate_size")?,

@@ -169,6 +169,7 @@ mod tests {
             ("num_hidden_layers", json!("two"), "`num_hidden_layers` is \"two\", not a whole number from 1 to 2^31"),
             ("num_key_value_heads", json!(3), "4 attention heads are no multiple of 3 key/value heads"),
             ("head_dim", json!(5), "`head_dim` is 5, which is odd"),
+            ("head_dim", json!(1 << 30), "`head_dim` is 1073741824, above 65536"),
             ("attention_bias", json!(1), "`attention_bias` is 1, not true or false"),
             ("hidden_act", json!("gelu"), "`hidden_act` is \"gelu\", not \"silu\""),
             ("rms_norm_eps", json!("small"), "`rms_norm_eps` is \"small\", not a number"),

@@ -1,0 +1,87 @@
+//! What a run leaves behind.
+
+use serde_json::Value;
+
+use super::{Place, stderr};
+
+#[test]
+fn a_run_folder_has_everything_and_the_summary_says_so() {
+    let place = Place::new();
+    let output = place.run(&["run", "recipe.toml", "--out", "out", "--json"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    for file in [
+        "recipe.toml",
+        "recipe.resolved.toml",
+        "metrics.jsonl",
+        "summary.json",
+        "samples.jsonl",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/tokenizer.json",
+        "adapter/tokenizer_config.json",
+        "checkpoints/step-000006/state.json",
+    ] {
+        assert!(place.path("out").join(file).is_file(), "{file}");
+    }
+    assert_eq!(place.read("out/recipe.toml"), place.read("recipe.toml"));
+    let printed: Value = serde_json::from_slice(&output.stdout).expect("stdout is JSON and nothing else");
+    let written: Value = serde_json::from_str(&place.read("out/summary.json")).expect("JSON");
+    assert_eq!(printed, written);
+    assert_eq!(written["before"]["rewards/margins"], 0);
+    assert!(written["after"]["loss"].as_f64() < written["before"]["loss"].as_f64());
+    assert!(written["hashes"]["adapter"].is_string());
+    let sample: Value =
+        serde_json::from_str(place.read("out/samples.jsonl").lines().next().expect("one")).expect("JSON");
+    assert!(sample["base"].is_string() && sample["policy"].is_string());
+
+    let metrics = place.metrics("out");
+    assert_eq!(metrics.len(), 7, "the start and six updates");
+    for name in ["loss", "grad_norm", "learning_rate", "epoch", "rewards/chosen", "rewards/margins", "logps/rejected"]
+    {
+        assert!(metrics[1][name].is_number(), "{name}");
+    }
+    assert_eq!(metrics[1]["loss"].as_f64(), Some(std::f64::consts::LN_2));
+    assert!(metrics[6]["eval_rewards/accuracies"].is_number());
+}
+
+#[test]
+fn every_loss_trains() {
+    let place = Place::new();
+    for loss in ["dpo.label_smoothing=0.1", "ipo.reduction=\"sum\"", "kto.beta=0.1", "orpo.nll=\"prompt+completion\""]
+    {
+        let loss = format!("loss.{loss}");
+        let out = loss.split('=').next().expect("a name");
+        place.train(out, &["--set", &loss, "--set", "train.steps=3", "--set", "train.warmup=0"]);
+        let after: Value = serde_json::from_str(&place.read(&format!("{out}/summary.json"))).expect("JSON");
+        let margin = |when: &str| after[when]["rewards/margins"].as_f64();
+        assert!(margin("after") > margin("before"), "{loss}");
+    }
+    // [loss.sft] has no key to set
+    let recipe = place.read("recipe.toml").replace("[loss.dpo]", "[loss.sft]");
+    place.write("recipe.toml", recipe);
+    place.train("sft", &["--set", "train.steps=3"]);
+}
+
+#[test]
+fn an_adapter_of_a_run_starts_another() {
+    let place = Place::new();
+    place.train("first", &[]);
+    place.write("recipe.toml", place.read("recipe.toml").replace("rank = 4\n", ""));
+    place.train(
+        "second",
+        &["--set", "adapter.init=first/adapter", "--set", "train.steps=1", "--set", "train.warmup=1"],
+    );
+    // an update at learning rate zero: the adapter went in and came out
+    assert_eq!(place.adapter("first"), place.adapter("second"));
+}
+
+#[test]
+fn quiet_is_quiet() {
+    let place = Place::new();
+    let output = place.run(&["run", "recipe.toml", "--quiet", "--set", "train.steps=1"]);
+    assert!(output.status.success());
+    assert_eq!((stderr(&output).as_str(), output.stdout.len()), ("", 0));
+    // without --out the folder is named after recipe and time
+    let run = std::fs::read_dir(place.path("runs")).expect("runs/").next().expect("one").expect("read");
+    assert!(run.file_name().to_string_lossy().starts_with("recipe-2"));
+}
