@@ -101,6 +101,12 @@ pub(super) fn prepare(arguments: &cli::Run, console: &Console) -> Result<Prepare
     lora.targets.select(&modules).map_err(request)?;
 
     let codec = Codec::open(source, recipe.data.chat_template.as_deref()).map_err(request)?;
+    if codec.depends_on_date() {
+        console.warning(
+            "the chat template writes today's date: tomorrow the same recipe gives other tokens, and this run cannot be \
+             resumed; [data] chat_template names another template",
+        );
+    }
     let loss = recipe.loss.clone();
     let load = |sources, keep_pairs| {
         let wanted = Wanted { examples: loss.examples(), keep_pairs };
