@@ -6,7 +6,7 @@ use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 use super::gemm::{Matrix, Onto, Threads, gemm};
-use super::{Real, dot, for_real, max_of, tensor, values};
+use super::{Real, dot, for_real, max_of, sum_of, tensor, values, vectorised};
 use crate::ops::attention::{Heads, Saved, Segment, Segments};
 use crate::ops::dims2;
 
@@ -154,17 +154,8 @@ impl<'a, T: Real> Inputs<'a, T> {
             self.scores(head, &tile, &mut scores);
             for (i, row) in scores.chunks_exact_mut(tile.width).enumerate() {
                 let (seen, hidden) = row.split_at_mut(segment.visible(tile.rows.start + i));
-                let largest = max_of(seen);
-                let mut sum = T::of(0.0);
-                for score in seen.iter_mut() {
-                    *score = (*score - largest).exp();
-                    sum += *score;
-                }
-                for score in seen {
-                    *score /= sum;
-                }
+                log_sum_exp.push(vectorised(|| softmax(seen)));
                 hidden.fill(T::of(0.0));
-                log_sum_exp.push(largest + sum.ln());
             }
             let out = &mut output[tile.rows.start * e..tile.rows.end * e];
             let mut onto = Onto::Nothing;
@@ -241,10 +232,12 @@ impl<'a, T: Real> Inputs<'a, T> {
                     for (i, (weights, d_scores)) in pairs.enumerate() {
                         let (lse, row_sum) = saved.row(heads, e, rows.start + i, head);
                         let seen = segment.visible(tile.rows.start + i);
-                        for (weight, d_score) in weights[..seen].iter_mut().zip(&mut d_scores[..seen]) {
-                            *weight = (*weight - lse).exp();
-                            *d_score = *weight * (*d_score - row_sum);
-                        }
+                        vectorised(|| {
+                            for (weight, d_score) in weights[..seen].iter_mut().zip(&mut d_scores[..seen]) {
+                                *weight = (*weight - lse).exp_in_loop();
+                                *d_score = *weight * (*d_score - row_sum);
+                            }
+                        });
                         weights[seen..].fill(T::of(0.0));
                         d_scores[seen..].fill(T::of(0.0));
                     }
@@ -269,6 +262,21 @@ impl<'a, T: Real> Inputs<'a, T> {
     }
 }
 
+/// Turns scores into weights, and gives their log-sum-exp.
+#[inline(always)]
+fn softmax<T: Real>(scores: &mut [T]) -> T {
+    let largest = max_of(scores);
+    for score in scores.iter_mut() {
+        *score = (*score - largest).exp_in_loop();
+    }
+    let sum = sum_of(scores.len(), |i| scores[i]);
+    let share = sum.recip();
+    for score in scores {
+        *score *= share;
+    }
+    largest + sum.ln()
+}
+
 /// What the forward pass gave, and the gradient that came back, `[T, H·E]` and `[T, H]`.
 struct Results<'a, T> {
     d_output: &'a [T],
@@ -280,7 +288,7 @@ impl<T: Real> Results<'_, T> {
     /// A row's log-sum-exp and `⟨dO, O⟩`.
     fn row(&self, heads: usize, e: usize, row: usize, head: usize) -> (T, T) {
         let at = row * heads * e + head * e;
-        let sum = dot(&self.d_output[at..at + e], &self.output[at..at + e]);
+        let sum = vectorised(|| dot(&self.d_output[at..at + e], &self.output[at..at + e]));
         (self.log_sum_exp[row * heads + head], sum)
     }
 }

@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 use super::gemm::{Matrix, Onto, Threads, gemm};
-use super::{Real, for_real, max_of, sum_of, tensor, values};
+use super::{Real, for_real, max_of, sum_of, tensor, values, vectorised};
 use crate::ops::completion_logps::{TokenScore, Want, chunk_rows};
 use crate::ops::dims2;
 
@@ -47,7 +47,9 @@ fn scored<T: Real>(
         let chunk_scores: Vec<TokenScore> = logits
             .par_chunks_mut(vocabulary)
             .zip(targets)
-            .map_init(Vec::new, |exps, (logits, &target)| score_row(logits, target as usize, want, exps))
+            .map_init(Vec::new, |exps, (logits, &target)| {
+                vectorised(|| score_row(logits, target as usize, want, exps))
+            })
             .collect();
         scores.extend(chunk_scores);
         if let Some(u) = &mut u {
@@ -59,11 +61,14 @@ fn scored<T: Real>(
 }
 
 /// Scores one row of logits; for a gradient it leaves `onehot(target) − softmax` in their place. `exps` is scratch.
+#[inline(always)]
 fn score_row<T: Real>(logits: &mut [T], target: usize, want: Want, exps: &mut Vec<T>) -> TokenScore {
     let count = logits.len();
     let largest = max_of(logits);
-    exps.clear();
-    exps.extend(logits.iter().map(|&logit| (logit - largest).exp()));
+    exps.resize(count, T::of(0.0));
+    for (exp, &logit) in exps.iter_mut().zip(logits.iter()) {
+        *exp = (logit - largest).exp_in_loop();
+    }
     let sum = sum_of(count, |i| exps[i]);
     // entropy = ln Σ e − Σ z e / Σ e, with z the logit less the largest
     let along = sum_of(count, |i| (logits[i] - largest) * exps[i]);

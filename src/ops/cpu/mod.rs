@@ -5,6 +5,7 @@
 
 pub(crate) mod attention;
 pub(crate) mod completion_logps;
+mod exp;
 pub(crate) mod gemm;
 pub(crate) mod norm;
 pub(crate) mod rope;
@@ -22,9 +23,30 @@ pub(crate) trait Real: WithDType + Float + std::iter::Sum {
     fn of(value: f64) -> Self {
         <Self as WithDType>::from_f64(value)
     }
+
+    /// `exp`, in a form that a loop over a slice can be vectorised with.
+    fn exp_in_loop(self) -> Self;
 }
-impl Real for f32 {}
-impl Real for f64 {}
+
+impl Real for f32 {
+    #[inline(always)]
+    fn exp_in_loop(self) -> Self {
+        exp::exp_f32(self)
+    }
+}
+
+impl Real for f64 {
+    #[inline(always)]
+    fn exp_in_loop(self) -> Self {
+        self.exp()
+    }
+}
+
+/// Runs `loops` compiled for the widest vector registers of this machine.
+#[inline(always)]
+pub(crate) fn vectorised<R>(loops: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(loops)
+}
 
 /// Runs `$body` with `$T` bound to the element type of `$tensor`.
 macro_rules! for_real {
@@ -104,7 +126,7 @@ pub(crate) fn sum_of<T: Real>(len: usize, f: impl Fn(usize) -> T) -> T {
 }
 
 /// `Σ a_i b_i`.
-#[inline]
+#[inline(always)]
 pub(crate) fn dot<T: Real>(a: &[T], b: &[T]) -> T {
     let len = a.len().min(b.len());
     let (a, b) = (&a[..len], &b[..len]);
@@ -112,7 +134,7 @@ pub(crate) fn dot<T: Real>(a: &[T], b: &[T]) -> T {
 }
 
 /// The largest value; negative infinity for none.
-#[inline]
+#[inline(always)]
 pub(crate) fn max_of<T: Real>(values: &[T]) -> T {
     let mut lanes = [T::neg_infinity(); LANES];
     let mut blocks = values.chunks_exact(LANES);

@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-use super::{Real, for_real, tensor, values};
+use super::{Real, for_real, tensor, values, vectorised};
 use crate::ops::dims2;
 
 /// Elements a task works on.
@@ -22,17 +22,20 @@ pub(crate) fn backward(dh: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Tenso
     })
 }
 
+#[inline(always)]
 fn sigmoid<T: Real>(x: T) -> T {
-    (T::of(1.0) + (-x).exp()).recip()
+    (T::of(1.0) + (-x).exp_in_loop()).recip()
 }
 
 fn product<T: Real>(gate: &[T], up: &[T]) -> Vec<T> {
     let mut h = vec![T::of(0.0); gate.len()];
     let blocks = h.par_chunks_mut(BLOCK).zip(gate.par_chunks(BLOCK)).zip(up.par_chunks(BLOCK));
     blocks.for_each(|((h, gate), up)| {
-        for ((h, &e), &u) in h.iter_mut().zip(gate).zip(up) {
-            *h = e * sigmoid(e) * u;
-        }
+        vectorised(|| {
+            for ((h, &e), &u) in h.iter_mut().zip(gate).zip(up) {
+                *h = e * sigmoid(e) * u;
+            }
+        });
     });
     h
 }
@@ -43,11 +46,13 @@ fn gradients<T: Real>(dh: &[T], gate: &[T], up: &[T]) -> (Vec<T>, Vec<T>) {
     let outputs = dgate.par_chunks_mut(BLOCK).zip(dup.par_chunks_mut(BLOCK));
     let inputs = dh.par_chunks(BLOCK).zip(gate.par_chunks(BLOCK)).zip(up.par_chunks(BLOCK));
     outputs.zip(inputs).for_each(|((dgate, dup), ((dh, gate), up))| {
-        for i in 0..dgate.len() {
-            let (e, sigma) = (gate[i], sigmoid(gate[i]));
-            dgate[i] = dh[i] * up[i] * sigma * (T::of(1.0) + e * (T::of(1.0) - sigma));
-            dup[i] = dh[i] * e * sigma;
-        }
+        vectorised(|| {
+            for ((((dgate, dup), &dh), &e), &up) in dgate.iter_mut().zip(dup).zip(dh).zip(gate).zip(up) {
+                let sigma = sigmoid(e);
+                *dgate = dh * up * sigma * (T::of(1.0) + e * (T::of(1.0) - sigma));
+                *dup = dh * e * sigma;
+            }
+        });
     });
     (dgate, dup)
 }
