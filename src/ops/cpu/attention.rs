@@ -154,7 +154,10 @@ impl<'a, T: Real> Inputs<'a, T> {
             self.scores(head, &tile, &mut scores);
             for (i, row) in scores.chunks_exact_mut(tile.width).enumerate() {
                 let (seen, hidden) = row.split_at_mut(segment.visible(tile.rows.start + i));
-                log_sum_exp.push(vectorised(|| softmax(seen)));
+                log_sum_exp.push(vectorised(
+                    #[inline(always)]
+                    || softmax(seen),
+                ));
                 hidden.fill(T::of(0.0));
             }
             let out = &mut output[tile.rows.start * e..tile.rows.end * e];
@@ -232,12 +235,15 @@ impl<'a, T: Real> Inputs<'a, T> {
                     for (i, (weights, d_scores)) in pairs.enumerate() {
                         let (lse, row_sum) = saved.row(heads, e, rows.start + i, head);
                         let seen = segment.visible(tile.rows.start + i);
-                        vectorised(|| {
-                            for (weight, d_score) in weights[..seen].iter_mut().zip(&mut d_scores[..seen]) {
-                                *weight = (*weight - lse).exp_in_loop();
-                                *d_score = *weight * (*d_score - row_sum);
-                            }
-                        });
+                        vectorised(
+                            #[inline(always)]
+                            || {
+                                for (weight, d_score) in weights[..seen].iter_mut().zip(&mut d_scores[..seen]) {
+                                    *weight = (*weight - lse).exp_in_loop();
+                                    *d_score = *weight * (*d_score - row_sum);
+                                }
+                            },
+                        );
                         weights[seen..].fill(T::of(0.0));
                         d_scores[seen..].fill(T::of(0.0));
                     }
@@ -288,7 +294,10 @@ impl<T: Real> Results<'_, T> {
     /// A row's log-sum-exp and `⟨dO, O⟩`.
     fn row(&self, heads: usize, e: usize, row: usize, head: usize) -> (T, T) {
         let at = row * heads * e + head * e;
-        let sum = vectorised(|| dot(&self.d_output[at..at + e], &self.output[at..at + e]));
+        let sum = vectorised(
+            #[inline(always)]
+            || dot(&self.d_output[at..at + e], &self.output[at..at + e]),
+        );
         (self.log_sum_exp[row * heads + head], sum)
     }
 }

@@ -48,7 +48,10 @@ fn scored<T: Real>(
             .par_chunks_mut(vocabulary)
             .zip(targets)
             .map_init(Vec::new, |exps, (logits, &target)| {
-                vectorised(|| score_row(logits, target as usize, want, exps))
+                vectorised(
+                    #[inline(always)]
+                    || score_row(logits, target as usize, want, exps),
+                )
             })
             .collect();
         scores.extend(chunk_scores);

@@ -31,11 +31,14 @@ fn product<T: Real>(gate: &[T], up: &[T]) -> Vec<T> {
     let mut h = vec![T::of(0.0); gate.len()];
     let blocks = h.par_chunks_mut(BLOCK).zip(gate.par_chunks(BLOCK)).zip(up.par_chunks(BLOCK));
     blocks.for_each(|((h, gate), up)| {
-        vectorised(|| {
-            for ((h, &e), &u) in h.iter_mut().zip(gate).zip(up) {
-                *h = e * sigmoid(e) * u;
-            }
-        });
+        vectorised(
+            #[inline(always)]
+            || {
+                for ((h, &e), &u) in h.iter_mut().zip(gate).zip(up) {
+                    *h = e * sigmoid(e) * u;
+                }
+            },
+        );
     });
     h
 }
@@ -46,13 +49,16 @@ fn gradients<T: Real>(dh: &[T], gate: &[T], up: &[T]) -> (Vec<T>, Vec<T>) {
     let outputs = dgate.par_chunks_mut(BLOCK).zip(dup.par_chunks_mut(BLOCK));
     let inputs = dh.par_chunks(BLOCK).zip(gate.par_chunks(BLOCK)).zip(up.par_chunks(BLOCK));
     outputs.zip(inputs).for_each(|((dgate, dup), ((dh, gate), up))| {
-        vectorised(|| {
-            for ((((dgate, dup), &dh), &e), &up) in dgate.iter_mut().zip(dup).zip(dh).zip(gate).zip(up) {
-                let sigma = sigmoid(e);
-                *dgate = dh * up * sigma * (T::of(1.0) + e * (T::of(1.0) - sigma));
-                *dup = dh * e * sigma;
-            }
-        });
+        vectorised(
+            #[inline(always)]
+            || {
+                for ((((dgate, dup), &dh), &e), &up) in dgate.iter_mut().zip(dup).zip(dh).zip(gate).zip(up) {
+                    let sigma = sigmoid(e);
+                    *dgate = dh * up * sigma * (T::of(1.0) + e * (T::of(1.0) - sigma));
+                    *dup = dh * e * sigma;
+                }
+            },
+        );
     });
     (dgate, dup)
 }
