@@ -21,9 +21,9 @@ impl Place {
     pub(crate) fn new() -> Self {
         let place = Self { folder: tempfile::tempdir().expect("a folder") };
         let quickstart = quickstart();
-        let rows = "[data]\ntrain = \"TRAIN\"\neval = \"EVAL\"\n"
-            .replace("TRAIN", &quickstart.join("train.parquet").display().to_string())
-            .replace("EVAL", &quickstart.join("eval.parquet").display().to_string());
+        let train = quickstart.join("train.parquet");
+        let rows = format!("[data]\ntrain = \"{}\"\neval = \"held-out.jsonl\"\n", train.display());
+        place.write("held-out.jsonl", pairs(5));
         let model = format!("[model]\nsource = \"{}\"\n", quickstart.join("model").display());
         let train = "[adapter]\nrank = 4\n[loss.dpo]\n[train]\nsteps = 6\nbatch_size = 4\nlearning_rate = 1e-3\n\
                      [eval]\nsamples = 1\nmax_new_tokens = 8\n";

@@ -2,12 +2,17 @@
 
 use serde_json::Value;
 
-use super::{Place, stderr};
+use super::{Place, quickstart, stderr};
+
+/// The quickstart's held-out pairs.
+fn eval() -> String {
+    format!("data.eval={}", quickstart().join("eval.parquet").display())
+}
 
 #[test]
 fn a_run_folder_has_everything_and_the_summary_says_so() {
     let place = Place::new();
-    let output = place.run(&["run", "recipe.toml", "--out", "out", "--json"]);
+    let output = place.run(&["run", "recipe.toml", "--out", "out", "--json", "--set", &eval()]);
     assert!(output.status.success(), "{}", stderr(&output));
     for file in [
         "recipe.toml",
@@ -51,7 +56,7 @@ fn every_loss_trains() {
     {
         let loss = format!("loss.{loss}");
         let out = loss.split('=').next().expect("a name");
-        place.train(out, &["--set", &loss, "--set", "train.steps=3", "--set", "train.warmup=0"]);
+        place.train(out, &["--set", &loss, "--set", "train.steps=3", "--set", "train.warmup=0", "--set", &eval()]);
         let after: Value = serde_json::from_str(&place.read(&format!("{out}/summary.json"))).expect("JSON");
         let margin = |when: &str| after[when]["rewards/margins"].as_f64();
         assert!(margin("after") > margin("before"), "{loss}");
