@@ -37,7 +37,7 @@ pub struct Run {
     /// Change a value of the recipe; VALUE is TOML, paths belong to the working directory.
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     pub overrides: Vec<String>,
-    /// The run folder [default: runs/<recipe>-<time>].
+    /// The run folder [default: runs/RECIPE-TIME].
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// Go on from the newest checkpoint of a run folder (of --out's, if none is named).

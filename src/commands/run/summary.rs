@@ -63,7 +63,9 @@ impl Summary<'_> {
                 }
             }
         }
-        for sample in samples.iter().take(2) {
+        // where the answer changed is what there is to see
+        let (changed, same): (Vec<_>, Vec<_>) = samples.iter().partition(|sample| sample.base != sample.policy);
+        for sample in changed.into_iter().chain(same).take(2) {
             console.line(format_args!("\nprompt   {}", one_line(&sample.prompt)));
             console.line(format_args!("base     {}", one_line(&sample.base)));
             console.line(format_args!("policy   {}", one_line(&sample.policy)));
