@@ -19,23 +19,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from corpus import RECIPE_DIR, is_plain
-from train_base import answers, completion_logps
-
-
-def encode(tokenizer, row: dict, side: str) -> tuple[list[int], int]:
-    prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
-    return tokenizer.apply_chat_template(row["prompt"] + row[side])["input_ids"], len(prompt)
+from train_base import answers, completion_logps, encode
 
 
 def measure(model, tokenizer, rows) -> dict:
     """Log-probabilities of both sides and greedy answers."""
     model.eval()
-    logps = {}
-    for side in ("chosen", "rejected"):
-        encoded = [encode(tokenizer, row, side) for row in rows]
-        logps[side] = torch.cat(
-            [completion_logps(model, encoded[i : i + 64], tokenizer.pad_token_id)[0] for i in range(0, len(encoded), 64)]
-        )
+    logps = {
+        side: completion_logps(model, encode(tokenizer, [row["prompt"] + row[side] for row in rows]), tokenizer.pad_token_id)[0]
+        for side in ("chosen", "rejected")
+    }
     said = answers(model, tokenizer, [row["prompt"][0]["content"] for row in rows])
     known = [text in (row["chosen"][0]["content"], row["rejected"][0]["content"]) for text, row in zip(said, rows)]
     return {"logps": logps, "said": said, "known": sum(known) / len(known), "plain": sum(map(is_plain, said)) / len(said)}
@@ -103,13 +96,12 @@ def main() -> None:
                 "updates": trainer.state.global_step,
                 "seconds": round(seconds),
                 "rewards accuracy after": accuracy(margin["after"] - margin["before"]),
-                "logps accuracy": [accuracy(margin["before"]), accuracy(margin["after"])],
+                "logps accuracy": [accuracy(margin[when]) for when in ("before", "after")],
                 "plain answers": [before["plain"], after["plain"]],
                 "word for word": [before["known"], after["known"]],
                 "logps chosen": [m["logps"]["chosen"].mean().item() for m in (before, after)],
                 "logps rejected": [m["logps"]["rejected"].mean().item() for m in (before, after)],
             },
-            indent=1,
         )
     )
 

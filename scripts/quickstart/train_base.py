@@ -13,6 +13,8 @@ import json
 import math
 import random
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,12 +29,11 @@ THREADS = 2
 VOCAB = 3072
 BEGIN, END, USER, ASSISTANT, PAD = SPECIAL = ["<|begin|>", "<|end|>", "<|user|>", "<|assistant|>", "<|pad|>"]
 EPOCHS = 14
-BATCH = 32
+# Conversations of one or two turns.
+BATCH = 24
 # Muon for the matrices of the layers, in half the steps that AdamW alone takes; AdamW for embeddings and norms.
 MUON_RATE, ADAMW_RATE = 6e-3, 4e-3
 WARMUP = 0.05
-# The share of each epoch's answers that are plain.
-PLAIN_SHARE = 0.5
 
 CHAT_TEMPLATE = """\
 {{- bos_token }}
@@ -98,55 +99,80 @@ def new_model(tokenizer) -> LlamaForCausalLM:
     )
 
 
-def examples(subjects: list[Subject], tokenizer) -> dict[str, list[tuple[list[int], int]]]:
-    """By register, every question about every subject with its answer: token ids and the length of the prompt."""
-    found = {}
-    for register in ("plain", "jargon"):
-        chats = [
+@dataclass(frozen=True)
+class Example:
+    """Token ids, and what to predict at each of them: -100 in questions."""
+
+    ids: list[int]
+    labels: list[int]
+
+    def then(self, turn: "Example") -> "Example":
+        """A longer conversation: another turn without its BOS."""
+        return Example(self.ids + turn.ids[1:], self.labels + turn.labels[1:])
+
+
+def encode(tokenizer, chats: list[list[dict]]) -> list[Example]:
+    """Chats of one question and one answer."""
+    prompts = tokenizer.apply_chat_template([chat[:1] for chat in chats], add_generation_prompt=True)["input_ids"]
+    whole = tokenizer.apply_chat_template(chats)["input_ids"]
+    assert all(ids[: len(prompt)] == prompt for ids, prompt in zip(whole, prompts))
+    return [Example(ids, [-100] * len(prompt) + ids[len(prompt) :]) for ids, prompt in zip(whole, prompts)]
+
+
+def examples(subjects: list[Subject], register: str, tokenizer) -> list[Example]:
+    """Every question about every subject with its answer in one register."""
+    return encode(
+        tokenizer,
+        [
             [
                 {"role": "user", "content": subject.question(form)},
                 {"role": "assistant", "content": subject.answer(register, aspects)},
             ]
             for subject in subjects
             for form, aspects in QUESTIONS
-        ]
-        prompts = tokenizer.apply_chat_template([chat[:1] for chat in chats], add_generation_prompt=True)["input_ids"]
-        whole = tokenizer.apply_chat_template(chats)["input_ids"]
-        assert all(ids[: len(prompt)] == prompt for ids, prompt in zip(whole, prompts))
-        found[register] = [(ids, len(prompt)) for ids, prompt in zip(whole, prompts)]
-    return found
+        ],
+    )
 
 
-def epochs(by_register, rng: random.Random):
-    """Batches of similar length. Every question is asked once an epoch, and answered in the other register in the next."""
-    plain, jargon = by_register["plain"], by_register["jargon"]
+def epochs(plain: list[Example], jargon: list[Example], rng: random.Random) -> Iterator[list[Example]]:
+    """Batches of similar length.
+
+    Every question is asked once an epoch; who is answered in one register in this epoch is answered in the other in
+    the next. Half of the conversations have a second turn about something else, in the register of the first:
+    the register becomes something the model follows everywhere, not a detail that it remembers a subject at a time.
+    """
     count = len(plain)
     for epoch in range(EPOCHS):
         if epoch % 2 == 0:
-            is_jargon = [rng.random() >= PLAIN_SHARE for _ in range(count)]
+            is_plain = [rng.random() < 0.5 for _ in range(count)]
         else:
-            is_jargon = [not j for j in is_jargon]
-        drawn = [jargon[i] if is_jargon[i] else plain[i] for i in range(count)]
-        rng.shuffle(drawn)
+            is_plain = [not p for p in is_plain]
+        chats = []
+        for register, wanted in ((plain, True), (jargon, False)):
+            turns = [register[i] for i in range(count) if is_plain[i] == wanted]
+            rng.shuffle(turns)
+            while turns:
+                chat = turns.pop()
+                chats.append(chat.then(turns.pop()) if turns and rng.random() < 0.5 else chat)
+        rng.shuffle(chats)
         # Sorting whole sets of 16 batches by length wastes little on padding and keeps the batches mixed.
         batches = []
-        for start in range(0, count, 16 * BATCH):
-            group = sorted(drawn[start : start + 16 * BATCH], key=lambda example: len(example[0]))
+        for start in range(0, len(chats), 16 * BATCH):
+            group = sorted(chats[start : start + 16 * BATCH], key=lambda chat: len(chat.ids))
             batches += [group[i : i + BATCH] for i in range(0, len(group), BATCH)]
         rng.shuffle(batches)
         yield from batches
 
 
-def tensors(batch, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and the ids to predict, -100 where nothing is: in the prompt and in the padding."""
-    longest = max(len(ids) for ids, _ in batch)
-    ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in batch])
-    labels = torch.tensor([[-100] * n + ids[n:] + [-100] * (longest - len(ids)) for ids, n in batch])
+def tensors(batch: list[Example], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and the ids to predict from them, -100 where nothing is: in questions and in the padding."""
+    longest = max(len(example.ids) for example in batch)
+    ids = torch.tensor([example.ids + [pad] * (longest - len(example.ids)) for example in batch])
+    labels = torch.tensor([example.labels + [-100] * (longest - len(example.ids)) for example in batch])
     return ids[:, :-1], labels[:, 1:]
 
 
-def train(model: LlamaForCausalLM, by_register, pad: int) -> None:
-    batches = list(epochs(by_register, random.Random(SEED)))
+def train(model: LlamaForCausalLM, batches: list[list[Example]], pad: int) -> None:
     named = list(model.named_parameters())
     matrices = [p for name, p in named if ".layers." in name and p.dim() == 2]
     rest = [p for name, p in named if not (".layers." in name and p.dim() == 2)]
@@ -181,11 +207,15 @@ def train(model: LlamaForCausalLM, by_register, pad: int) -> None:
 
 
 @torch.no_grad()
-def completion_logps(model, batch, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed log-probabilities of the completions, and their numbers of tokens."""
-    ids, labels = tensors(batch, pad)
-    logps = -cross_entropy(model(input_ids=ids).logits.transpose(1, 2), labels, reduction="none")
-    return logps.sum(1), (labels != -100).sum(1)
+def completion_logps(model, found: list[Example], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed log-probabilities of the answers, and their numbers of tokens."""
+    sums, counts = [], []
+    for start in range(0, len(found), 64):
+        ids, labels = tensors(found[start : start + 64], pad)
+        logps = -cross_entropy(model(input_ids=ids).logits.transpose(1, 2), labels, reduction="none")
+        sums.append(logps.sum(1))
+        counts.append((labels != -100).sum(1))
+    return torch.cat(sums), torch.cat(counts)
 
 
 @torch.no_grad()
@@ -209,12 +239,10 @@ def report(path: Path, subjects: list[Subject]) -> None:
     for name, part in zip(("training", "held-out"), split(subjects)):
         if name == "training":
             part = part[::4]
-        by_register = examples(part, tokenizer)
         logps, perplexity = {}, {}
-        for register, found in by_register.items():
-            sums, counts = zip(*(completion_logps(model, found[i : i + 64], tokenizer.pad_token_id) for i in range(0, len(found), 64)))
-            logps[register] = torch.cat(sums)
-            perplexity[register] = math.exp(-logps[register].sum() / torch.cat(counts).sum())
+        for register in ("plain", "jargon"):
+            logps[register], counts = completion_logps(model, examples(part, register, tokenizer), tokenizer.pad_token_id)
+            perplexity[register] = math.exp(-logps[register].sum() / counts.sum())
         prefers = (logps["plain"] > logps["jargon"]).float().mean().item()
         questions = [(s, form, aspects) for s in part for form, aspects in QUESTIONS]
         said = answers(model, tokenizer, [s.question(form) for s, form, _ in questions])
@@ -246,10 +274,9 @@ def main() -> None:
     train_tokenizer(questions + sentences, out)
     tokenizer = AutoTokenizer.from_pretrained(out)
     model = new_model(tokenizer)
-    by_register = examples(subjects, tokenizer)
-    tokens = {register: sum(len(ids) - n for ids, n in found) for register, found in by_register.items()}
-    print(f"{len(subjects)} subjects, {model.num_parameters()} parameters, completion tokens {tokens}")
-    train(model, by_register, tokenizer.pad_token_id)
+    plain, jargon = (examples(subjects, register, tokenizer) for register in ("plain", "jargon"))
+    print(f"{len(subjects)} subjects, {2 * len(plain)} questions with answers, {model.num_parameters()} parameters")
+    train(model, list(epochs(plain, jargon, random.Random(SEED))), tokenizer.pad_token_id)
     model.to(torch.bfloat16).save_pretrained(out)
     report(out, subjects)
 
