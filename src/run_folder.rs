@@ -89,6 +89,13 @@ impl RunFolder {
         &self.path
     }
 
+    /// The folder for a person: short where it is below the working directory.
+    #[must_use]
+    pub fn shown(&self) -> String {
+        let here = std::env::current_dir().unwrap_or_default();
+        self.path.strip_prefix(here).unwrap_or(&self.path).display().to_string()
+    }
+
     /// `recipe.toml`
     #[must_use]
     pub fn recipe(&self) -> PathBuf {

@@ -194,7 +194,7 @@ impl<'p> Training<'p> {
             return failure;
         }
         let (step, total) = (self.trainer.step(), self.trainer.plan().steps);
-        let folder = self.run.folder.path().display();
+        let folder = self.run.folder.shown();
         self.console.line(format_args!("\nstopped after update {step} of {total}; to go on:"));
         self.console.line(format_args!("  dpo-lora run --resume {folder}"));
         Failure::Interrupted(code)

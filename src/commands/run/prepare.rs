@@ -190,7 +190,7 @@ pub(super) fn prepare(arguments: &cli::Run, console: &Console) -> Result<Prepare
             thousands(plan.micro_batch_tokens),
         ),
     );
-    console.fact("run", folder.path().display());
+    console.fact("run", folder.shown());
     let base_name = source.display().to_string();
     let model = Model::new(decoder, adapters);
     let run = Run { folder, resolved };

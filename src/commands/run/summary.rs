@@ -70,12 +70,11 @@ impl Summary<'_> {
             console.line(format_args!("base     {}", one_line(&sample.base)));
             console.line(format_args!("policy   {}", one_line(&sample.policy)));
         }
-        let folder = self.prepared.run.folder.path();
         console.line(format_args!(
-            "\n{} updates in {}; the adapter is in {}",
+            "\n{} updates in {}; the adapter is in {}/adapter",
             self.trainer.step(),
             duration(self.seconds),
-            folder.join("adapter").display()
+            self.prepared.run.folder.shown()
         ));
     }
 }
