@@ -1,5 +1,6 @@
 //! The binary: arguments in, exit code out.
 
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -17,7 +18,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             match &failure {
-                Failure::Failed(report) | Failure::Request(report) => eprintln!("{report:?}"),
+                Failure::Failed(report) | Failure::Request(report) => _ = writeln!(io::stderr(), "{report:?}"),
                 Failure::Interrupted(_) => {}
             }
             failure.exit_code()

@@ -5,7 +5,7 @@
 //! results.
 
 use std::fmt::Display;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -49,7 +49,8 @@ impl Console {
     /// Writes a line, above any bar.
     pub fn line(&self, text: impl Display) {
         if !self.quiet {
-            self.bars.suspend(|| eprintln!("{text}"));
+            // a reader who has gone away is no reason to end a run
+            self.bars.suspend(|| _ = writeln!(std::io::stderr(), "{text}"));
         }
     }
 

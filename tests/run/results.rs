@@ -90,3 +90,17 @@ fn quiet_is_quiet() {
     let run = std::fs::read_dir(place.path("runs")).expect("runs/").next().expect("one").expect("read");
     assert!(run.file_name().to_string_lossy().starts_with("recipe-2"));
 }
+
+#[cfg(unix)]
+#[test]
+fn a_reader_that_goes_away_does_not_end_a_run() {
+    let place = Place::new();
+    let mut child = place
+        .command(&["run", "recipe.toml", "--out", "out"])
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .expect("started");
+    drop(child.stderr.take());
+    assert!(child.wait().expect("ended").success());
+    assert!(place.path("out/adapter/adapter_model.safetensors").is_file());
+}
