@@ -188,15 +188,16 @@ impl<'p> Training<'p> {
 
     /// Saves and says how to go on.
     fn stop(&mut self, code: u8) -> Failure {
-        if self.trainer.step() > 0
-            && let Err(failure) = self.checkpoint()
-        {
+        let (step, total) = (self.trainer.step(), self.trainer.plan().steps);
+        if step == 0 {
+            self.console.line("\nstopped before the first update: there is nothing to go on from");
+            return Failure::Interrupted(code);
+        }
+        if let Err(failure) = self.checkpoint() {
             return failure;
         }
-        let (step, total) = (self.trainer.step(), self.trainer.plan().steps);
-        let folder = self.run.folder.shown();
         self.console.line(format_args!("\nstopped after update {step} of {total}; to go on:"));
-        self.console.line(format_args!("  dpo-lora run --resume {folder}"));
+        self.console.line(format_args!("  dpo-lora run --resume {}", self.run.folder.shown()));
         Failure::Interrupted(code)
     }
 
