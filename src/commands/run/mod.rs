@@ -50,7 +50,7 @@ struct Training<'p> {
     log: MetricsLog,
     before: Option<Metrics>,
     started: Instant,
-    /// Seconds of the sessions before this one.
+    /// Seconds of the run before it was resumed.
     seconds_before: f64,
     saved_step: Option<usize>,
 }
