@@ -11,9 +11,10 @@ fn main() -> ExitCode {
     dpo_lora::allocator::keep_freed_memory();
     // a usage error ends the process with 2, as every other wrong request does
     let cli = Cli::parse();
-    let outcome = match &cli.command {
+    // inside the pool: every product is then begun by one of the threads that compute it, and none has to be woken first
+    let outcome = rayon::scope(|_| match &cli.command {
         Command::Run(run) => commands::run::run(run),
-    };
+    });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {

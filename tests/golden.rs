@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Tensor};
 use dpo_lora::adapter::{Adapters, Gradients, peft};
 use dpo_lora::model::generate::Stop;
+use dpo_lora::model::memory::Saved;
 use dpo_lora::model::{
     Adapter, Decoder, DecoderConfig, Keep, Model, Packed, Packer, PromptSpan, WeightFiles, family,
 };
@@ -185,7 +186,9 @@ fn dpo(policy: &[[f64; 2]], reference: &[[f64; 2]], beta: f64) -> (f64, Vec<[f64
 /// The loss of the pairs and its gradients, in the order of the trainable tensors.
 fn loss_and_gradients(model: &Model, golden: &AdapterGolden, prompts: Prompts) -> (f64, Vec<Tensor>) {
     let batch = pack(&golden.pairs, prompts);
-    let forward = model.forward(&batch, Adapter::On, Keep::Activations { dropout_key: 0 }).expect("computed");
+    let saved = vec![Saved::All; model.decoder().config().num_hidden_layers];
+    let keep = Keep::Activations { dropout_key: 0, saved: &saved };
+    let forward = model.forward(&batch, Adapter::On, keep).expect("computed");
     let (loss, slopes) = dpo(&sums(&batch, &forward.scores), &reference_sums(&golden.pairs), golden.beta);
     let mut rows = vec![0.0; batch.targets.len()];
     for (span, slope) in batch.spans.iter().zip(slopes.as_flattened()) {

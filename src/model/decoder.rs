@@ -8,14 +8,15 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use super::packed::Packed;
+use super::memory::Saved;
+use super::packed::{LastRows, Packed};
 use crate::adapter::{Adapters, Gradients};
 use crate::ops::attention::{self, Heads, Segments};
 use crate::ops::completion_logps::{self, TokenScore, Want};
 use crate::ops::dropout::{self, Dropout};
-use crate::ops::linear::{self, LowRank};
+use crate::ops::linear::{self, Branch, LowRank, LowRankGradient};
 use crate::ops::rope::{self, Angles, Turn};
-use crate::ops::{norm, swiglu};
+use crate::ops::{norm, rows, swiglu};
 
 /// Everything that shapes a decoder. A family's file makes it from the model's `config.json`.
 #[derive(Debug, Clone, PartialEq)]
@@ -164,13 +165,15 @@ pub enum Adapter {
 
 /// What a forward pass has to leave behind.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Keep {
+pub enum Keep<'a> {
     /// Scores only.
     Scores,
     /// What [`Decoder::backward`] needs; adapter inputs are dropped out under `dropout_key`.
     Activations {
         /// Names the update, with the run's seed in it.
         dropout_key: u64,
+        /// What each layer keeps; what it does not keep is computed again.
+        saved: &'a [Saved],
     },
 }
 
@@ -213,52 +216,181 @@ pub struct Forward {
 /// What [`Decoder::backward`] takes back.
 #[derive(Debug)]
 pub struct Activations {
+    /// Of the lowest layer with an adapter and all above.
     layers: Vec<LayerActivations>,
     /// The last hidden states at the scored rows, `[S, D]`, and their norm's `ρ`.
     scored: Tensor,
     rho: Tensor,
     /// `U` of [`completion_logps`].
     slope: Tensor,
-    angles: Angles,
+    rows: Rows,
     dropout_key: u64,
 }
 
+/// What a layer keeps, by its [`Saved`].
 #[derive(Debug)]
 struct LayerActivations {
     x: Tensor,
-    attention_rho: Tensor,
+    projected: Option<Projected>,
+    attention: Option<attention::Saved>,
+    middle: Option<Middle>,
+    mlp: Option<Mlp>,
+}
+
+/// Queries, keys and values. `inner` is `drop(x) Aᵀ` of the projections that have an adapter.
+#[derive(Debug)]
+struct Projected {
+    rho: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    attention: attention::Saved,
-    middle: Tensor,
-    mlp_rho: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    /// `drop(x) Aᵀ` of each projection that has an adapter.
-    low_rank: [Option<Tensor>; 7],
+    /// Of all three, or of key and value where the last layer has fewer queries.
+    inner: Option<Tensor>,
+    query_inner: Option<Tensor>,
 }
 
-/// One forward or backward pass: which rows, which adapters, which dropout.
+/// The residual stream between attention and MLP.
+#[derive(Debug)]
+struct Middle {
+    x: Tensor,
+    rho: Tensor,
+    inner: Option<Tensor>,
+}
+
+#[derive(Debug)]
+struct Mlp {
+    gate: Tensor,
+    up: Tensor,
+    inner: Option<Tensor>,
+}
+
+/// Which rows attend to which, and where they stand; made once a batch and used in every layer.
+#[derive(Debug)]
+struct Rows {
+    segments: Segments,
+    angles: Angles,
+    /// What is different in the last layer.
+    last: Option<(LastRows, Angles)>,
+}
+
+/// One forward or backward pass: which adapters, which dropout.
 struct Pass<'a> {
     adapters: Option<&'a Adapters>,
-    segments: &'a Segments,
-    angles: &'a Angles,
+    rows: &'a Rows,
     dropout_key: Option<u64>,
     row_keys: &'a [u64],
+    last_row_keys: Vec<u64>,
 }
 
 impl<'a> Pass<'a> {
-    fn low_rank(&self, layer: usize, projection: Projection) -> Option<LowRank<'a>> {
-        let adapters = self.adapters?;
-        let module = layer * Projection::ALL.len() + projection as usize;
-        let lora = adapters.get(module)?;
-        let dropout = self.dropout_key.filter(|_| adapters.dropout() > 0.0).map(|key| Dropout {
-            probability: adapters.dropout(),
-            key: dropout::key(key, module as u64),
-            rows: self.row_keys,
-        });
-        Some(LowRank { a: lora.a(), b: lora.b(), scale: lora.scale(), dropout })
+    fn new(adapters: Option<&'a Adapters>, rows: &'a Rows, dropout_key: Option<u64>, row_keys: &'a [u64]) -> Self {
+        let last = rows.last.iter().flat_map(|(last, _)| &last.rows);
+        let last_row_keys = match row_keys {
+            [] => Vec::new(),
+            keys => last.map(|&row| keys[row as usize]).collect(),
+        };
+        Self { adapters, rows, dropout_key, row_keys, last_row_keys }
+    }
+}
+
+/// A layer within a pass.
+struct At<'a> {
+    config: &'a DecoderConfig,
+    index: usize,
+    layer: &'a Layer,
+    pass: &'a Pass<'a>,
+    /// Set in the last layer, where not every row goes on.
+    last: Option<&'a (LastRows, Angles)>,
+}
+
+impl<'a> At<'a> {
+    fn module(&self, projection: Projection) -> usize {
+        self.index * Projection::ALL.len() + projection as usize
+    }
+
+    /// A projection of all rows.
+    fn branch(&self, projection: Projection) -> Branch<'a> {
+        self.branch_of(projection, self.pass.row_keys)
+    }
+
+    /// A projection of the rows that go on past the keys and values.
+    fn kept_branch(&self, projection: Projection) -> Branch<'a> {
+        self.branch_of(projection, if self.last.is_some() { &self.pass.last_row_keys } else { self.pass.row_keys })
+    }
+
+    fn branch_of(&self, projection: Projection, row_keys: &'a [u64]) -> Branch<'a> {
+        let Linear { weight, bias } = &self.layer.projections[projection as usize];
+        let module = self.module(projection);
+        let adapter = |adapters: &'a Adapters| {
+            let lora = adapters.get(module)?;
+            let dropout = self.pass.dropout_key.filter(|_| adapters.dropout() > 0.0).map(|key| Dropout {
+                probability: adapters.dropout(),
+                key: dropout::key(key, module as u64),
+                rows: row_keys,
+            });
+            Some(LowRank { a: lora.a(), b: lora.b(), scale: lora.scale(), dropout })
+        };
+        Branch { weight, bias: bias.as_ref(), update: self.pass.adapters.and_then(adapter) }
+    }
+
+    /// Those of the rows of `x` that go on.
+    fn kept(&self, x: &Tensor) -> Result<Tensor> {
+        match self.last {
+            Some((last, _)) => rows::gather(x, &last.rows),
+            None => Ok(x.clone()),
+        }
+    }
+
+    fn query_angles(&self) -> &'a Angles {
+        self.last.map_or(&self.pass.rows.angles, |(_, angles)| angles)
+    }
+
+    fn segments(&self) -> &'a Segments {
+        self.last.map_or(&self.pass.rows.segments, |(last, _)| &last.segments)
+    }
+
+    /// norm, q, k, v, rope
+    fn project(&self, x: &Tensor) -> Result<Projected> {
+        let (normed, rho) = norm::forward(x, &self.layer.attention_norm, self.config.rms_norm_eps)?;
+        let [query, key, value] = [Projection::Query, Projection::Key, Projection::Value];
+        let (q, k, v, inner, query_inner) = if self.last.is_some() {
+            let ([k, v], inner) = linear::forward(&normed, &[self.branch(key), self.branch(value)], None)?;
+            let ([q], query_inner) = linear::forward(&self.kept(&normed)?, &[self.kept_branch(query)], None)?;
+            (q, k, v, inner, query_inner)
+        } else {
+            let branches = [self.branch(query), self.branch(key), self.branch(value)];
+            let ([q, k, v], inner) = linear::forward(&normed, &branches, None)?;
+            (q, k, v, inner, None)
+        };
+        let q = rope::turn(&q, self.query_angles(), Turn::Forward)?;
+        let k = rope::turn(&k, &self.pass.rows.angles, Turn::Forward)?;
+        Ok(Projected { rho, q, k, v, inner, query_inner })
+    }
+
+    fn attend(&self, Projected { q, k, v, .. }: &Projected) -> Result<attention::Saved> {
+        attention::forward(q, k, v, self.config.heads(), self.segments())
+    }
+
+    /// o, the residual, and the scale of the norm that follows
+    fn middle(&self, x: &Tensor, attention: &attention::Saved) -> Result<(Middle, Tensor)> {
+        let branch = [self.kept_branch(Projection::Output)];
+        let ([x], inner) = linear::forward(&attention.output, &branch, Some(&self.kept(x)?))?;
+        let (normed, rho) = norm::forward(&x, &self.layer.mlp_norm, self.config.rms_norm_eps)?;
+        Ok((Middle { x, rho, inner }, normed))
+    }
+
+    /// gate and up
+    fn mlp(&self, normed: &Tensor) -> Result<Mlp> {
+        let branches = [self.kept_branch(Projection::Gate), self.kept_branch(Projection::Up)];
+        let ([gate, up], inner) = linear::forward(normed, &branches, None)?;
+        Ok(Mlp { gate, up, inner })
+    }
+
+    /// swiglu, down and the residual
+    fn finish(&self, middle: &Middle, mlp: &Mlp) -> Result<Tensor> {
+        let h = swiglu::forward(&mlp.gate, &mlp.up)?;
+        let ([y], _) = linear::forward(&h, &[self.kept_branch(Projection::Down)], Some(&middle.x))?;
+        Ok(y)
     }
 }
 
@@ -302,25 +434,27 @@ impl Decoder {
     ///
     /// # Errors
     /// A token outside the vocabulary, or what candle returns.
-    pub fn forward(&self, batch: &Packed, adapters: Option<&Adapters>, keep: Keep) -> Result<Forward> {
-        let dropout_key = match keep {
-            Keep::Scores => None,
-            Keep::Activations { dropout_key } => Some(dropout_key),
+    pub fn forward(&self, batch: &Packed, adapters: Option<&Adapters>, keep: Keep<'_>) -> Result<Forward> {
+        let (dropout_key, saved) = match keep {
+            Keep::Scores => (None, &[][..]),
+            Keep::Activations { dropout_key, saved } => (Some(dropout_key), saved),
         };
-        let angles = self.angles(&batch.positions)?;
-        let (segments, row_keys) = (&batch.segments, &batch.row_keys);
-        let pass = Pass { adapters, segments, angles: &angles, dropout_key, row_keys };
+        if dropout_key.is_some() && saved.len() != self.layers.len() {
+            candle_core::bail!("{} layers, and {} of them are told what to keep", self.layers.len(), saved.len())
+        }
+        let rows = self.rows(batch)?;
+        let pass = Pass::new(adapters, &rows, dropout_key, &batch.row_keys);
+        let lowest = self.lowest_adapted(adapters);
         let mut x = self.embed(&batch.ids)?;
         let mut layers = Vec::new();
-        for (index, layer) in self.layers.iter().enumerate() {
-            let (y, activations) = self.layer(index, layer, x, None, &pass)?;
+        for index in 0..self.layers.len() {
+            let (y, activations) = self.layer(&self.at(index, &pass), x, None)?;
             x = y;
-            if keep != Keep::Scores {
-                layers.push(activations);
+            if let Some(&saved) = saved.get(index).filter(|_| index >= lowest) {
+                layers.push(activations.only(saved));
             }
         }
-        let rows = Tensor::new(batch.scored_rows.as_slice(), self.device())?;
-        let scored = x.index_select(&rows, 0)?;
+        let scored = rows::gather(&x, rows.scored(batch))?;
         drop(x);
         let (hidden, rho) = norm::forward(&scored, &self.norm, self.config.rms_norm_eps)?;
         let want = if keep == Keep::Scores { Want::Scores } else { Want::Gradient };
@@ -330,7 +464,7 @@ impl Decoder {
             scored,
             rho,
             slope,
-            angles,
+            rows,
             dropout_key,
         });
         Ok(Forward { scores, activations })
@@ -351,32 +485,53 @@ impl Decoder {
         slopes: &[f64],
         gradients: &mut Gradients,
     ) -> Result<()> {
-        let Activations { mut layers, scored, rho, slope, angles, dropout_key } = activations;
-        let pass = Pass {
-            adapters: Some(adapters),
-            segments: &batch.segments,
-            angles: &angles,
-            dropout_key: Some(dropout_key),
-            row_keys: &batch.row_keys,
-        };
-        let slopes = Tensor::new(slopes, self.device())?.to_dtype(self.dtype())?.unsqueeze(1)?;
-        let d_hidden = slope.broadcast_mul(&slopes)?;
-        let d_scored = norm::backward(&d_hidden, &scored, &self.norm, &rho)?;
-        let rows = Tensor::new(batch.scored_rows.as_slice(), self.device())?;
-        let shape = (batch.ids.len(), self.config.hidden_size);
-        let mut dx = Tensor::zeros(shape, self.dtype(), self.device())?.index_add(&rows, &d_scored, 0)?;
-        while let Some(activations) = layers.pop() {
-            let index = layers.len();
-            dx = self.layer_backward(index, dx, activations, &pass, gradients)?;
+        let Activations { mut layers, scored, rho, slope, rows, dropout_key } = activations;
+        let pass = Pass::new(Some(adapters), &rows, Some(dropout_key), &batch.row_keys);
+        let d_hidden = completion_logps::backward(&slope, slopes)?;
+        drop(slope);
+        let d_scored = norm::backward(&d_hidden, &scored, &self.norm, &rho, &scored.zeros_like()?)?;
+        let count = rows.last.as_ref().map_or(batch.ids.len(), |(last, _)| last.rows.len());
+        let zeros = Tensor::zeros((count, self.config.hidden_size), self.dtype(), self.device())?;
+        let mut dx = rows::scatter_add(&zeros, rows.scored(batch), &d_scored)?;
+        drop((zeros, d_hidden, d_scored, scored));
+        for index in (self.lowest_adapted(Some(adapters))..self.layers.len()).rev() {
+            let Some(activations) = layers.pop() else { break };
+            // below the lowest adapter nothing learns, so its layer's input needs no gradient
+            let wanted = !layers.is_empty();
+            match self.layer_backward(&self.at(index, &pass), dx, activations, wanted, gradients)? {
+                Some(d) => dx = d,
+                None => break,
+            }
         }
         Ok(())
+    }
+
+    /// The lowest layer that has an adapter.
+    fn lowest_adapted(&self, adapters: Option<&Adapters>) -> usize {
+        let has_adapter = |module: &usize| adapters.is_some_and(|adapters| adapters.get(*module).is_some());
+        let modules = self.layers.len() * Projection::ALL.len();
+        (0..modules).find(has_adapter).map_or(self.layers.len(), |module| module / Projection::ALL.len())
+    }
+
+    fn rows(&self, batch: &Packed) -> Result<Rows> {
+        let angles = self.angles(&batch.positions)?;
+        let last = batch.last_rows().map(|last| {
+            let angles = angles.of_rows(&last.rows)?;
+            Ok::<_, candle_core::Error>((last, angles))
+        });
+        Ok(Rows { segments: batch.segments.clone(), last: last.transpose()?, angles })
+    }
+
+    fn at<'a>(&'a self, index: usize, pass: &'a Pass<'a>) -> At<'a> {
+        let last = pass.rows.last.as_ref().filter(|_| index + 1 == self.layers.len());
+        At { config: &self.config, index, layer: &self.layers[index], pass, last }
     }
 
     pub(super) fn embed(&self, ids: &[u32]) -> Result<Tensor> {
         if let Some(id) = ids.iter().find(|&&id| id as usize >= self.config.vocab_size) {
             candle_core::bail!("token {id} is outside the model's vocabulary of {}", self.config.vocab_size)
         }
-        self.embedding.index_select(&Tensor::new(ids, self.device())?, 0)
+        rows::gather(&self.embedding, ids)
     }
 
     /// The logits after the last of `ids`, which continue what `cache` holds of `filled` positions; the cache is
@@ -391,11 +546,11 @@ impl Decoder {
         let positions: Vec<u32> = (filled..filled + ids.len()).map(|p| p as u32).collect();
         let angles = self.angles(&positions)?;
         let segment = attention::Segment { queries: 0..ids.len(), prefix: 0..0, own: 0..filled + ids.len() };
-        let segments = Segments::new(vec![vec![segment]]);
-        let pass = Pass { adapters, segments: &segments, angles: &angles, dropout_key: None, row_keys: &[] };
+        let rows = Rows { segments: Segments::new(vec![vec![segment]]), angles, last: None };
+        let pass = Pass::new(adapters, &rows, None, &[]);
         let mut x = self.embed(ids)?;
-        for (index, (layer, cache)) in self.layers.iter().zip(cache).enumerate() {
-            x = self.layer(index, layer, x, Some((cache, filled)), &pass)?.0;
+        for (index, cache) in cache.iter().enumerate() {
+            x = self.layer(&self.at(index, &pass), x, Some((cache, filled)))?.0;
         }
         let last = x.narrow(0, ids.len() - 1, 1)?.contiguous()?;
         let (hidden, _) = norm::forward(&last, &self.norm, self.config.rms_norm_eps)?;
@@ -408,85 +563,137 @@ impl Decoder {
 
     fn layer(
         &self,
-        index: usize,
-        layer: &Layer,
+        at: &At<'_>,
         x: Tensor,
         cache: Option<(&LayerCache, usize)>,
-        pass: &Pass<'_>,
     ) -> Result<(Tensor, LayerActivations)> {
-        let epsilon = self.config.rms_norm_eps;
-        let mut low_rank = [const { None }; 7];
-        let mut project = |x: &Tensor, projection: Projection| {
-            let linear = &layer.projections[projection as usize];
-            let update = pass.low_rank(index, projection);
-            let (y, xa) = linear::forward(x, &linear.weight, linear.bias.as_ref(), update.as_ref())?;
-            low_rank[projection as usize] = xa;
-            Ok::<_, candle_core::Error>(y)
-        };
-        let (normed, attention_rho) = norm::forward(&x, &layer.attention_norm, epsilon)?;
-        let q = project(&normed, Projection::Query)?;
-        let k = project(&normed, Projection::Key)?;
-        let v = project(&normed, Projection::Value)?;
+        let mut projected = at.project(&x)?;
+        if let Some((cache, filled)) = cache {
+            (projected.k, projected.v) = cache.append(&projected.k, &projected.v, filled)?;
+        }
+        let attention = at.attend(&projected)?;
+        let (middle, normed) = at.middle(&x, &attention)?;
+        let mlp = at.mlp(&normed)?;
         drop(normed);
-        let q = rope::turn(&q, pass.angles, Turn::Forward)?;
-        let k = rope::turn(&k, pass.angles, Turn::Forward)?;
-        let (k, v) = match cache {
-            Some((cache, filled)) => cache.append(&k, &v, filled)?,
-            None => (k, v),
-        };
-        let attention = attention::forward(&q, &k, &v, self.config.heads(), pass.segments)?;
-        let middle = (&x + project(&attention.output, Projection::Output)?)?;
-        let (normed, mlp_rho) = norm::forward(&middle, &layer.mlp_norm, epsilon)?;
-        let gate = project(&normed, Projection::Gate)?;
-        let up = project(&normed, Projection::Up)?;
-        drop(normed);
-        let h = swiglu::forward(&gate, &up)?;
-        let y = (&middle + project(&h, Projection::Down)?)?;
-        let kept = LayerActivations { x, attention_rho, q, k, v, attention, middle, mlp_rho, gate, up, low_rank };
-        Ok((y, kept))
+        let y = at.finish(&middle, &mlp)?;
+        let (projected, attention, middle, mlp) = (Some(projected), Some(attention), Some(middle), Some(mlp));
+        Ok((y, LayerActivations { x, projected, attention, middle, mlp }))
     }
 
-    /// The gradient of a layer's input. Norms and the MLP's product are computed again from what was kept.
+    /// The gradient of a layer's input, if it is `wanted`. What the layer did not keep, and norms and the MLP's product
+    /// in any case, are computed again.
     fn layer_backward(
         &self,
-        index: usize,
+        at: &At<'_>,
         dy: Tensor,
         kept: LayerActivations,
-        pass: &Pass<'_>,
+        wanted: bool,
         gradients: &mut Gradients,
-    ) -> Result<Tensor> {
-        let layer = &self.layers[index];
-        let mut through = |dy: &Tensor, x: &Tensor, projection: Projection| {
-            let update = pass.low_rank(index, projection);
-            let xa = kept.low_rank[projection as usize].as_ref();
-            let with = update.as_ref().zip(xa).map(|(update, xa)| (update, x, xa));
-            let weight = &layer.projections[projection as usize].weight;
-            let (dx, gradient) = linear::backward(dy, weight, with)?;
-            if let Some(gradient) = gradient {
-                gradients.add(index * Projection::ALL.len() + projection as usize, gradient)?;
+    ) -> Result<Option<Tensor>> {
+        let LayerActivations { x, mut projected, attention, middle, mlp } = kept;
+        let attention = match attention {
+            Some(attention) => attention,
+            None => {
+                let again = projected.insert(at.project(&x)?);
+                at.attend(again)?
             }
-            Ok::<_, candle_core::Error>(dx)
         };
-        let h = swiglu::forward(&kept.gate, &kept.up)?;
-        let dh = through(&dy, &h, Projection::Down)?;
-        drop(h);
-        let (d_gate, d_up) = swiglu::backward(&dh, &kept.gate, &kept.up)?;
-        drop(dh);
-        let normed = norm::again(&kept.middle, &layer.mlp_norm, &kept.mlp_rho)?;
-        let d_normed = (through(&d_gate, &normed, Projection::Gate)? + through(&d_up, &normed, Projection::Up)?)?;
-        drop((normed, d_gate, d_up));
-        let d_middle = (dy + norm::backward(&d_normed, &kept.middle, &layer.mlp_norm, &kept.mlp_rho)?)?;
+        let (middle, normed) = match middle {
+            Some(middle) => {
+                let normed = norm::again(&middle.x, &at.layer.mlp_norm, &middle.rho)?;
+                (middle, normed)
+            }
+            None => at.middle(&x, &attention)?,
+        };
+        let mlp = match mlp {
+            Some(mlp) => mlp,
+            None => at.mlp(&normed)?,
+        };
+        let mut learn = |projection: Projection, gradient: Option<LowRankGradient>| match gradient {
+            Some(gradient) => gradients.add(at.module(projection), gradient),
+            None => Ok(()),
+        };
+        let [output, down, gate, up] =
+            [Projection::Output, Projection::Down, Projection::Gate, Projection::Up].map(|p| at.kept_branch(p));
+        let d_middle = {
+            let g = linear::between([&dy], &[down])?;
+            let dh = linear::input_gradient([&dy], &[down], g.as_ref())?;
+            let swiglu::Backward { h, d_gate, d_up } = swiglu::backward(&dh, &mlp.gate, &mlp.up)?;
+            let [gradient] = linear::update_gradients([&dy], &[down], g.as_ref(), &h, None)?;
+            learn(Projection::Down, gradient)?;
+            drop((dh, h));
+            let (d_gate_up, inner) = ([&d_gate, &d_up], mlp.inner.as_ref());
+            let (d_normed, [of_gate, of_up]) = linear::backward(d_gate_up, &[gate, up], &normed, inner, true)?;
+            learn(Projection::Gate, of_gate)?;
+            learn(Projection::Up, of_up)?;
+            norm::backward(&asked(d_normed)?, &middle.x, &at.layer.mlp_norm, &middle.rho, &dy)?
+        };
+        drop((dy, normed, mlp));
 
-        let d_output = through(&d_middle, &kept.attention.output, Projection::Output)?;
-        let heads = self.config.heads();
+        let inner = middle.inner.as_ref();
+        let (d_output, [gradient]) = linear::backward([&d_middle], &[output], &attention.output, inner, true)?;
+        learn(Projection::Output, gradient)?;
+        drop(middle);
+        let projected = match projected {
+            Some(projected) => projected,
+            None => at.project(&x)?,
+        };
+        let Projected { rho, q, k, v, inner, query_inner } = &projected;
         let (dq, dk, dv) =
-            attention::backward(&d_output, &kept.q, &kept.k, &kept.v, &kept.attention, heads, pass.segments)?;
-        let dq = rope::turn(&dq, pass.angles, Turn::Backward)?;
-        let dk = rope::turn(&dk, pass.angles, Turn::Backward)?;
-        let normed = norm::again(&kept.x, &layer.attention_norm, &kept.attention_rho)?;
-        let d_normed = (through(&dq, &normed, Projection::Query)?
-            + through(&dk, &normed, Projection::Key)?
-            + through(&dv, &normed, Projection::Value)?)?;
-        d_middle + norm::backward(&d_normed, &kept.x, &layer.attention_norm, &kept.attention_rho)?
+            attention::backward(&asked(d_output)?, q, k, v, &attention, self.config.heads(), at.segments())?;
+        drop(attention);
+        let dq = rope::turn(&dq, at.query_angles(), Turn::Backward)?;
+        let dk = rope::turn(&dk, &at.pass.rows.angles, Turn::Backward)?;
+        let normed = norm::again(&x, &at.layer.attention_norm, rho)?;
+        let [query, key, value] = [Projection::Query, Projection::Key, Projection::Value];
+        let (key_branch, value_branch) = (at.branch(key), at.branch(value));
+        let (d_normed, of_query, of_key, of_value) = if let Some((last, _)) = at.last {
+            let branches = [key_branch, value_branch];
+            let (d_normed, [k, v]) = linear::backward([&dk, &dv], &branches, &normed, inner.as_ref(), wanted)?;
+            let (normed, inner) = (at.kept(&normed)?, query_inner.as_ref());
+            let (d_kept, [q]) = linear::backward([&dq], &[at.kept_branch(query)], &normed, inner, wanted)?;
+            let both = d_normed.zip(d_kept);
+            (both.map(|(all, kept)| rows::scatter_add(&all, &last.rows, &kept)).transpose()?, q, k, v)
+        } else {
+            let branches = [at.branch(query), key_branch, value_branch];
+            let (d_normed, [q, k, v]) =
+                linear::backward([&dq, &dk, &dv], &branches, &normed, inner.as_ref(), wanted)?;
+            (d_normed, q, k, v)
+        };
+        learn(query, of_query)?;
+        learn(key, of_key)?;
+        learn(value, of_value)?;
+        let Some(d_normed) = d_normed else { return Ok(None) };
+        let residual = match at.last {
+            Some((last, _)) => rows::scatter_add(&x.zeros_like()?, &last.rows, &d_middle)?,
+            None => d_middle,
+        };
+        norm::backward(&d_normed, &x, &at.layer.attention_norm, rho, &residual).map(Some)
+    }
+}
+
+/// A gradient that was asked for.
+fn asked(gradient: Option<Tensor>) -> Result<Tensor> {
+    gradient.ok_or_else(|| candle_core::Error::Msg("a gradient was not computed".into()))
+}
+
+impl LayerActivations {
+    /// Leaves what `saved` says.
+    fn only(self, saved: Saved) -> Self {
+        let Self { x, projected, attention, middle, mlp } = self;
+        Self {
+            x,
+            projected: projected.filter(|_| saved <= Saved::WithoutGateUp),
+            attention: attention.filter(|_| saved <= Saved::AttentionAndInput),
+            middle: middle.filter(|_| saved <= Saved::WithoutGateUp),
+            mlp: mlp.filter(|_| saved == Saved::All),
+        }
+    }
+}
+
+impl Rows {
+    /// The scored rows among those that leave the last layer.
+    fn scored<'r>(&'r self, batch: &'r Packed) -> &'r [u32] {
+        self.last.as_ref().map_or(&batch.scored_rows, |(last, _)| &last.scored)
     }
 }

@@ -5,6 +5,7 @@
 mod decoder;
 pub mod family;
 pub mod generate;
+pub mod memory;
 pub mod packed;
 #[cfg(test)]
 mod tests;
@@ -130,7 +131,7 @@ impl Model {
     ///
     /// # Errors
     /// What candle returns.
-    pub fn forward(&self, batch: &Packed, adapter: Adapter, keep: Keep) -> candle_core::Result<Forward> {
+    pub fn forward(&self, batch: &Packed, adapter: Adapter, keep: Keep<'_>) -> candle_core::Result<Forward> {
         self.decoder.forward(batch, self.switched(adapter), keep)
     }
 

@@ -36,6 +36,40 @@ pub struct Packed {
     pub tokens: usize,
 }
 
+/// The rows that the last layer computes past its keys and values: nothing but a scored row leaves it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct LastRows {
+    /// Rows of the batch, ascending.
+    pub(super) rows: Vec<u32>,
+    /// The segments, with queries counted among `rows`.
+    pub(super) segments: Segments,
+    /// Where each scored row stands among `rows`.
+    pub(super) scored: Vec<u32>,
+}
+
+impl Packed {
+    /// `None` where every row goes on.
+    pub(super) fn last_rows(&self) -> Option<LastRows> {
+        let mut is_scored = vec![false; self.ids.len()];
+        self.scored_rows.iter().for_each(|&row| is_scored[row as usize] = true);
+        let (mut rows, mut place) = (Vec::new(), vec![0; self.ids.len()]);
+        let mut keep = |segment: &Segment| {
+            // queries are the last of a segment's own rows, so the first ones can be left out
+            let first = segment.queries.clone().find(|&row| is_scored[row])?;
+            let start = rows.len();
+            for row in first..segment.queries.end {
+                place[row] = rows.len() as u32;
+                rows.push(row as u32);
+            }
+            Some(Segment { queries: start..rows.len(), ..segment.clone() })
+        };
+        let groups = self.segments.groups().iter();
+        let groups = groups.map(|group| group.iter().filter_map(&mut keep).collect()).collect();
+        let scored = self.scored_rows.iter().map(|&row| place[row as usize]).collect();
+        (rows.len() < self.ids.len()).then(|| LastRows { rows, segments: Segments::new(groups), scored })
+    }
+}
+
 /// Builds a [`Packed`] batch.
 #[derive(Debug, Default)]
 pub struct Packer {
@@ -140,6 +174,23 @@ mod tests {
         assert_eq!(groups[0][1], Segment { queries: 3..5, prefix: 0..3, own: 3..5 });
         assert_eq!(groups[0][2], Segment { queries: 5..8, prefix: 0..3, own: 5..8 });
         assert_eq!(packed.ids.len(), rows(3, &[3, 4]));
+    }
+
+    #[test]
+    fn the_last_layer_leaves_out_what_scores_nothing() {
+        let mut packer = Packer::default();
+        packer.push(1, &[1, 2, 3], &[&[10, 11, 12], &[20, 21]], PromptSpan::No);
+        packer.push(2, &[4, 5], &[&[6, 7]], PromptSpan::No);
+        let last = packer.finish().last_rows().expect("prompts score nothing but their last row");
+        assert_eq!(last.rows, [2, 3, 4, 5, 7, 8]);
+        assert_eq!(last.scored, [0, 1, 2, 0, 3, 4, 5]);
+        let queries: Vec<_> =
+            last.segments.groups().iter().flatten().map(|s| (s.queries.clone(), s.own.clone())).collect();
+        assert_eq!(queries, [(0..1, 0..3), (1..3, 3..5), (3..4, 5..6), (4..6, 6..9)]);
+
+        let mut packer = Packer::default();
+        packer.push(1, &[1, 2], &[&[3, 4], &[5, 6]], PromptSpan::Yes);
+        assert_eq!(packer.finish().last_rows(), None);
     }
 
     #[test]

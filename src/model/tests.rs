@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::decoder::LayerCache;
 use super::generate::Stop;
+use super::memory::Saved;
 use super::*;
 use crate::adapter::{self, LoraConfig, Targets, peft};
 use crate::ops::check::{close, composed, finite_difference, normal};
@@ -151,9 +152,10 @@ fn pack<'p>(pairs: impl IntoIterator<Item = &'p Pair>, layout: Layout) -> Packed
 }
 
 const DROPOUT_KEY: u64 = 9;
+const ALL: [Saved; 2] = [Saved::All; 2];
 
 fn forward(decoder: &Decoder, adapters: &Adapters, batch: &Packed) -> Result<Forward> {
-    decoder.forward(batch, Some(adapters), Keep::Activations { dropout_key: DROPOUT_KEY })
+    decoder.forward(batch, Some(adapters), Keep::Activations { dropout_key: DROPOUT_KEY, saved: &ALL })
 }
 
 /// A slope for each span, as a loss over sums of log-probabilities has, by the span's first target: it goes with the
@@ -169,6 +171,49 @@ fn slopes(batch: &Packed) -> Vec<f64> {
 
 fn weighted(scores: &[TokenScore], slopes: &[f64]) -> f64 {
     scores.iter().zip(slopes).map(|(score, slope)| slope * score.logp).sum()
+}
+
+/// What is computed again is computed by the same operators from the same inputs.
+#[test]
+fn whatever_a_layer_keeps_the_gradients_are_the_same_to_the_bit() -> Result<()> {
+    for (tiny, dropout) in [(GROUPED, 0.0), (TIED_WITH_BIAS, 0.4)] {
+        let decoder = tiny.decoder(DType::F32);
+        let adapters = adapters(&decoder, dropout);
+        let batch = pack(&pairs(&LONG), SHARED);
+        let gradients = |saved: [Saved; 2]| {
+            let keep = Keep::Activations { dropout_key: DROPOUT_KEY, saved: &saved };
+            let activations = decoder.forward(&batch, Some(&adapters), keep)?.activations.expect("kept");
+            let mut sum = Gradients::default();
+            decoder.backward(&batch, &adapters, activations, &slopes(&batch), &mut sum)?;
+            Ok::<_, candle_core::Error>(sum.in_order(&adapters).expect("every tensor has a gradient"))
+        };
+        let expected = gradients(ALL)?;
+        for low in [Saved::WithoutGateUp, Saved::AttentionAndInput, Saved::Input] {
+            for saved in [[low, Saved::All], [low; 2]] {
+                all_close(&gradients(saved)?, &expected, 0.0)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Nothing is kept below the lowest layer with an adapter, and its gradients do not change for it.
+#[test]
+fn layers_below_the_lowest_adapter_are_left_out_of_the_backward_pass() -> Result<()> {
+    let decoder = GROUPED.decoder(DType::F64);
+    let batch = pack(&pairs(&SHORT), SHARED);
+    let all = adapters(&decoder, 0.0);
+    let targets = Targets::Pattern("model\\.layers\\.1\\..*".into());
+    let config = LoraConfig { rank: 2, alpha: 3.0, rslora: false, dropout: 0.0, targets };
+    let mut upper = adapter::new(&config, &decoder.config().modules(), 1, DType::F64, &Device::Cpu).expect("made");
+    let values: Vec<Tensor> = all.tensors().skip(14).map(|(_, tensor)| tensor.clone()).collect();
+    upper.replace(values.clone());
+    // the same function: adapters below that are zero
+    let mut zero_below = all.clone();
+    let zeros = all.tensors().take(14).map(|(_, tensor)| tensor.zeros_like()).collect::<Result<Vec<_>>>()?;
+    zero_below.replace(zeros.into_iter().chain(values));
+    let expected = gradients(&decoder, &zero_below, &batch)?;
+    all_close(&gradients(&decoder, &upper, &batch)?, &expected[14..], 1e-13)
 }
 
 fn add_gradients(decoder: &Decoder, adapters: &Adapters, batch: &Packed, sum: &mut Gradients) -> Result<()> {
@@ -295,7 +340,7 @@ fn dropout_acts_in_training_only_and_by_its_key() -> Result<()> {
     let scores = |adapters: &Adapters, keep| {
         Ok::<_, candle_core::Error>(decoder.forward(&batch, Some(adapters), keep)?.scores)
     };
-    let training = |dropout_key| Keep::Activations { dropout_key };
+    let training = |dropout_key| Keep::Activations { dropout_key, saved: &ALL };
     assert_eq!(scores(&with, Keep::Scores)?, scores(&without, Keep::Scores)?);
     assert_eq!(scores(&with, training(1))?, scores(&with, training(1))?);
     assert_ne!(scores(&with, training(1))?, scores(&with, training(2))?);

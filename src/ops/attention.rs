@@ -40,11 +40,15 @@ impl Segments {
     /// Segments by group.
     ///
     /// # Panics
-    /// Where a segment has more queries than rows of its own: it would look into the future.
+    /// Where a segment has more queries than rows of its own (it would look into the future), or where two segments
+    /// have query rows or own rows in common.
     #[must_use]
     pub fn new(groups: Vec<Vec<Segment>>) -> Self {
-        for segment in groups.iter().flatten() {
-            assert!(segment.queries.len() <= segment.own.len(), "a segment asks past its own rows");
+        let all = || groups.iter().flatten();
+        assert!(all().all(|s| s.queries.len() <= s.own.len()), "a segment asks past its own rows");
+        for mut ranges in [all().map(|s| &s.queries).collect::<Vec<_>>(), all().map(|s| &s.own).collect()] {
+            ranges.sort_by_key(|range| range.start);
+            assert!(ranges.windows(2).all(|two| two[0].end <= two[1].start), "two segments have a row in common");
         }
         Self { groups }
     }

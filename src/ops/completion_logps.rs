@@ -1,6 +1,7 @@
 //! The head: log-probabilities of given tokens, and their gradient, without ever holding `[S, V]`.
 //!
-//! A chunk of rows at a time: logits `Z = h Wᵀ`, log-sum-exp, the target's log-probability, and in the same pass
+//! A panel of the vocabulary at a time: logits `Z = h Wᵀ`, their share of the log-sum-exp (the largest logit and all sums
+//! are kept relative to it, as in online softmax), the target's log-probability, and in the same pass
 //!
 //! ```text
 //! U = (onehot(target) − softmax(Z)) W        so that   dL/dh = g ⊙ U
@@ -12,7 +13,8 @@
 
 use candle_core::{D, Result, Tensor};
 
-use super::{cpu, has_kernel};
+use super::cpu::{self, Real, filled, for_real, tensor, values};
+use super::has_kernel;
 
 /// What one scored row gave.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -36,14 +38,8 @@ pub enum Want {
     Gradient,
 }
 
-/// Bytes of logits held at once. At the widest vocabularies (262,144 tokens in f32) this still gives 64 rows to one
-/// product with `W`, and at 32,000 it gives 512, where a product runs at full speed.
-const CHUNK_BYTES: usize = 64 << 20;
-
-/// Rows of logits computed at once for a vocabulary of `vocabulary` and elements of `bytes`.
-pub(crate) fn chunk_rows(vocabulary: usize, bytes: usize) -> usize {
-    (CHUNK_BYTES / (vocabulary * bytes).max(1)).clamp(16, 512)
-}
+/// Rows of logits that the composed form holds at once.
+const CHUNK: usize = 256;
 
 /// Scores `targets [S]` at the rows of `hidden [S, D]` under the head `weight [V, D]`. `U` is `[S, D]`.
 ///
@@ -66,10 +62,9 @@ pub fn score(
     if has_kernel(hidden) {
         return cpu::completion_logps::score(hidden, weight, targets, want);
     }
-    let chunk = chunk_rows(vocabulary, hidden.dtype().size_in_bytes());
     let (mut scores, mut gradients) = (Vec::with_capacity(rows), Vec::new());
-    for (i, targets) in targets.chunks(chunk).enumerate() {
-        let hidden = hidden.narrow(0, i * chunk, targets.len())?;
+    for (i, targets) in targets.chunks(CHUNK).enumerate() {
+        let hidden = hidden.narrow(0, i * CHUNK, targets.len())?;
         let logits = hidden.matmul(&weight.t()?)?;
         let largest = logits.max_keepdim(D::Minus1)?;
         let exps = logits.broadcast_sub(&largest)?.exp()?;
@@ -107,6 +102,28 @@ fn column(x: &Tensor) -> Result<Vec<f64>> {
     x.squeeze(1)?.to_dtype(candle_core::DType::F64)?.to_vec1()
 }
 
+/// `g ⊙ U`, the gradient of `hidden`, for `g` one number a row.
+///
+/// # Errors
+/// Another number of rows.
+pub fn backward(u: &Tensor, g: &[f64]) -> Result<Tensor> {
+    let (rows, d) = u.dims2()?;
+    if rows != g.len() {
+        candle_core::bail!("head: {rows} rows and {} slopes", g.len())
+    }
+    if has_kernel(u) && d > 0 {
+        return for_real!(u, T => {
+            let u = values::<T>(u)?;
+            let [scaled] = filled::<T, 1>(u.len(), d, |row, [scaled]| {
+                let g = <T as Real>::of(g[row]);
+                scaled.iter_mut().zip(&u[row * d..]).for_each(|(scaled, &u)| *scaled = g * u);
+            });
+            tensor(scaled, (rows, d))
+        });
+    }
+    u.broadcast_mul(&Tensor::new(g, u.device())?.to_dtype(u.dtype())?.unsqueeze(1)?)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -121,19 +138,21 @@ mod tests {
     fn the_gradient_agrees_with_finite_differences() -> Result<()> {
         let (hidden, weight, targets) = inputs(5)?;
         // another factor for each row, as a loss over several sequences has
-        let g = normal(3, (5, 1))?;
+        let g = normal(3, 5)?;
+        let slopes = g.to_vec1::<f64>()?;
         let u = score(&hidden, &weight, &targets, Want::Gradient)?.1.expect("asked for");
-        finite_difference(&hidden, &u.broadcast_mul(&g)?, |hidden| {
+        close(&backward(&u, &slopes)?, &composed(|| backward(&u, &slopes))?, 0.0)?;
+        finite_difference(&hidden, &backward(&u, &slopes)?, |hidden| {
             let logps = score(hidden, &weight, &targets, Want::Scores)?.0;
             let logps: Vec<f64> = logps.iter().map(|score| score.logp).collect();
-            (Tensor::new(logps, hidden.device())? * g.squeeze(1)?)?.sum_all()
+            (Tensor::new(logps, hidden.device())? * &g)?.sum_all()
         })
     }
 
     #[test]
-    fn kernel_equals_composed_form_over_several_chunks() -> Result<()> {
-        let rows = 2 * chunk_rows(23, 8) + 3;
-        let (hidden, weight, targets) = inputs(rows)?;
+    fn kernel_equals_composed_form_over_several_blocks_and_panels() -> Result<()> {
+        let (hidden, weight) = (normal(1, (1027, 3))?, normal(2, (4099, 3))?);
+        let targets: Vec<u32> = (0..1027).map(|i| i * 977 % 4099).collect();
         let both = || score(&hidden, &weight, &targets, Want::Gradient);
         let ((kernel, kernel_u), (plain, plain_u)) = (both()?, composed(both)?);
         close(&kernel_u.expect("asked for"), &plain_u.expect("asked for"), 1e-12)?;

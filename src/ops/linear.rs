@@ -1,13 +1,14 @@
-//! A frozen matrix with an optional low-rank update: `y = x Wᵀ + b + s (drop(x) Aᵀ) Bᵀ` (Hu et al. 2021,
-//! <https://arxiv.org/abs/2106.09685>).
+//! Frozen matrices over one input, each with an optional low-rank update: `y = x Wᵀ + b + s (drop(x) Aᵀ) Bᵀ` (Hu et al.
+//! 2021, <https://arxiv.org/abs/2106.09685>).
 //!
 //! Nothing of the size of `W` is ever formed besides `W`: the update acts through `[T, R]`, and the frozen matrix gets
-//! no gradient.
+//! no gradient. Matrices that read the same input (q, k and v; gate and up) go together: their `A` are one matrix, so
+//! that the input is read once for all of them, and the gradient of the input is summed in one place.
 
 use candle_core::{Result, Tensor};
 
-use super::cpu::gemm::{Matrix, Onto, Threads, gemm};
-use super::cpu::{Real, for_real, tensor, values};
+use super::cpu::gemm::{Matrix, Onto, Threads, gemm, product};
+use super::cpu::{Real, Values, filled, for_real, tensor, values};
 use super::dropout::{self, Dropout};
 use super::{dims2, has_kernel};
 
@@ -34,6 +35,17 @@ impl LowRank<'_> {
     }
 }
 
+/// One matrix, with its update if it has one.
+#[derive(Debug, Clone, Copy)]
+pub struct Branch<'a> {
+    /// `[out, in]`
+    pub weight: &'a Tensor,
+    /// `[out]`
+    pub bias: Option<&'a Tensor>,
+    /// The adapter.
+    pub update: Option<LowRank<'a>>,
+}
+
 /// Gradients of one update.
 #[derive(Debug, Clone)]
 pub struct LowRankGradient {
@@ -43,72 +55,274 @@ pub struct LowRankGradient {
     pub b: Tensor,
 }
 
-/// `y [T, out]` of `x [T, in]` and `weight [out, in]`; with an update also `drop(x) Aᵀ [T, R]`, which backward needs.
+/// The updates of some branches, stacked: `A` one below the other, `x Aᵀ` side by side.
+struct Stack<'a, const N: usize> {
+    updates: [Option<LowRank<'a>>; N],
+    /// First column of each update in `x Aᵀ`, and the end of the last.
+    columns: Vec<usize>,
+}
+
+impl<'a, const N: usize> Stack<'a, N> {
+    /// `None` where no branch has an update.
+    fn of(branches: &[Branch<'a>; N]) -> Result<Option<Self>> {
+        let updates = branches.map(|branch| branch.update);
+        let mut columns = vec![0];
+        let mut end = 0;
+        for update in &updates {
+            end += update.map_or(Ok(0), |update| Ok::<_, candle_core::Error>(dims2(update.a)?.0))?;
+            columns.push(end);
+        }
+        Ok((end > 0).then_some(Self { updates, columns }))
+    }
+
+    fn rank(&self) -> usize {
+        self.columns[N]
+    }
+
+    fn with_columns(&self) -> impl Iterator<Item = (usize, &LowRank<'a>, std::ops::Range<usize>)> {
+        let ranges = self.columns.windows(2).map(|ends| ends[0]..ends[1]);
+        self.updates
+            .iter()
+            .zip(ranges)
+            .enumerate()
+            .filter_map(|(i, (update, range))| Some((i, update.as_ref()?, range)))
+    }
+
+    fn has_dropout(&self) -> bool {
+        self.updates.iter().flatten().any(|update| update.dropout.is_some())
+    }
+
+    /// `[ΣR, in]`
+    fn a(&self) -> Result<Tensor> {
+        Tensor::cat(&self.updates.iter().flatten().map(|update| update.a).collect::<Vec<_>>(), 0)
+    }
+
+    /// `drop(x) Aᵀ [T, ΣR]`
+    fn inner(&self, x: &Tensor) -> Result<Tensor> {
+        if self.has_dropout() {
+            let one = |update: &LowRank<'_>| update.input(x)?.matmul(&update.a.t()?);
+            return Tensor::cat(&self.updates.iter().flatten().map(one).collect::<Result<Vec<_>>>()?, 1);
+        }
+        matmul_t(x, &self.a()?)
+    }
+}
+
+/// `x wᵀ`
+fn matmul_t(x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    if has_kernel(x) {
+        return for_real!(x, T => {
+            let (x, w) = (mat::<T>(x)?, mat(w)?);
+            tensor(product(x.get(), w.get().t()), (x.rows, w.rows))
+        });
+    }
+    x.matmul(&w.t()?)
+}
+
+/// `y [T, out]` of `x [T, in]` for each branch, `residual [T, out]` added to it; and, where there are updates,
+/// `drop(x) Aᵀ [T, ΣR]`, which backward needs.
 ///
 /// # Errors
 /// What candle returns for wrong shapes or types.
-pub fn forward(
+pub fn forward<const N: usize>(
     x: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-    update: Option<&LowRank<'_>>,
-) -> Result<(Tensor, Option<Tensor>)> {
-    let Some(update) = update else { return Ok((project(x, weight, bias)?, None)) };
-    let xa = update.input(x)?.matmul(&update.a.t()?)?;
-    if has_kernel(x) && bias.is_none() {
-        let y = for_real!(x, T => {
-            let (x, w, xa, b) = (mat::<T>(x)?, mat(weight)?, mat(&xa)?, mat(update.b)?);
-            let mut y = vec![T::of(0.0); x.rows * w.rows];
-            gemm(&mut y, w.rows, Onto::Nothing, 1.0, x.get(), w.get().t(), Threads::All);
-            gemm(&mut y, w.rows, Onto::Existing, update.scale, xa.get(), b.get().t(), Threads::All);
-            tensor(y, (x.rows, w.rows))?
-        });
-        return Ok((y, Some(xa)));
+    branches: &[Branch<'_>; N],
+    residual: Option<&Tensor>,
+) -> Result<([Tensor; N], Option<Tensor>)> {
+    let stack = Stack::of(branches)?;
+    let inner = stack.as_ref().map(|stack| stack.inner(x)).transpose()?;
+    let mut outputs = Vec::with_capacity(N);
+    for (i, branch) in branches.iter().enumerate() {
+        let columns = stack.as_ref().map_or(0..0, |stack| stack.columns[i]..stack.columns[i + 1]);
+        let update = branch.update.as_ref().zip(inner.as_ref()).map(|(update, inner)| (update, inner, columns));
+        outputs.push(one(x, branch, update, residual)?);
     }
-    let added = (xa.matmul(&update.b.t()?)? * update.scale)?;
-    Ok(((project(x, weight, bias)? + added)?, Some(xa)))
+    Ok((array(outputs)?, inner))
 }
 
-fn project(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let y = x.matmul(&weight.t()?)?;
-    bias.map_or(Ok(y.clone()), |bias| y.broadcast_add(bias))
+type Update<'u> = (&'u LowRank<'u>, &'u Tensor, std::ops::Range<usize>);
+
+fn one(x: &Tensor, branch: &Branch<'_>, update: Option<Update<'_>>, residual: Option<&Tensor>) -> Result<Tensor> {
+    let Branch { weight, bias, .. } = branch;
+    if has_kernel(x) {
+        return for_real!(x, T => {
+            let (x, w) = (mat::<T>(x)?, mat(weight)?);
+            let width = w.rows;
+            let start = match (residual, bias) {
+                (Some(residual), bias) => Some(added::<T>(&values(residual)?, *bias, width)?),
+                (None, Some(bias)) => Some(repeated::<T>(&values(bias)?, x.rows)),
+                (None, None) => None,
+            };
+            let mut y = match start {
+                Some(mut y) => {
+                    gemm(&mut y, width, Onto::Existing, 1.0, x.get(), w.get().t(), Threads::All);
+                    y
+                }
+                None => product(x.get(), w.get().t()),
+            };
+            if let Some((update, inner, columns)) = update {
+                let (inner, b) = (mat::<T>(inner)?, mat(update.b)?);
+                gemm(&mut y, width, Onto::Existing, update.scale, inner.columns(columns), b.get().t(), Threads::All);
+            }
+            tensor(y, (x.rows, width))
+        });
+    }
+    let mut y = x.matmul(&weight.t()?)?;
+    if let Some(bias) = bias {
+        y = y.broadcast_add(bias)?;
+    }
+    if let Some((update, inner, columns)) = update {
+        let inner = inner.narrow(1, columns.start, columns.len())?;
+        y = (y + (inner.matmul(&update.b.t()?)? * update.scale)?)?;
+    }
+    residual.map_or(Ok(y.clone()), |residual| residual + y)
 }
 
-/// The gradient of `x`, and of the update where there is one.
-///
-/// With `G = s dy B`: `dB = s dyᵀ (drop(x) Aᵀ)`, `dA = Gᵀ drop(x)`, `dx = dy W + drop(G A)`. `update` brings `x` (the
-/// forward input, before dropout) and the saved `drop(x) Aᵀ`.
+/// The gradient of `x` if it is `wanted`, summed over the branches, and of each update. `inner` is what [`forward`] gave
+/// (computed again where it was not kept), `x` its input, before dropout.
 ///
 /// # Errors
 /// What candle returns for wrong shapes or types.
-pub fn backward(
-    dy: &Tensor,
-    weight: &Tensor,
-    update: Option<(&LowRank<'_>, &Tensor, &Tensor)>,
-) -> Result<(Tensor, Option<LowRankGradient>)> {
-    let Some((update, x, xa)) = update else { return Ok((dy.matmul(weight)?, None)) };
-    let g = (dy.matmul(update.b)? * update.scale)?;
-    let gradient = LowRankGradient { a: g.t()?.matmul(&update.input(x)?)?, b: (dy.t()?.matmul(xa)? * update.scale)? };
-    if has_kernel(dy) && update.dropout.is_none() {
-        let dx = for_real!(dy, T => {
-            let (dy, w, g, a) = (mat::<T>(dy)?, mat(weight)?, mat(&g)?, mat(update.a)?);
-            let mut dx = vec![T::of(0.0); dy.rows * w.columns];
-            gemm(&mut dx, w.columns, Onto::Nothing, 1.0, dy.get(), w.get(), Threads::All);
-            gemm(&mut dx, w.columns, Onto::Existing, 1.0, g.get(), a.get(), Threads::All);
-            tensor(dx, (dy.rows, w.columns))?
+pub fn backward<const N: usize>(
+    dy: [&Tensor; N],
+    branches: &[Branch<'_>; N],
+    x: &Tensor,
+    inner: Option<&Tensor>,
+    wanted: bool,
+) -> Result<(Option<Tensor>, [Option<LowRankGradient>; N])> {
+    let g = between(dy, branches)?;
+    let gradients = update_gradients(dy, branches, g.as_ref(), x, inner)?;
+    let dx = if wanted { Some(input_gradient(dy, branches, g.as_ref())?) } else { None };
+    Ok((dx, gradients))
+}
+
+/// `G = s dy B [T, ΣR]`: the gradient between `B` and `A`, where there are updates.
+///
+/// # Errors
+/// What candle returns for wrong shapes or types.
+pub fn between<const N: usize>(dy: [&Tensor; N], branches: &[Branch<'_>; N]) -> Result<Option<Tensor>> {
+    let Some(stack) = Stack::of(branches)? else { return Ok(None) };
+    if dy.iter().all(|dy| has_kernel(dy)) {
+        return for_real!(dy[0], T => {
+            let (rows, rank) = (dims2(dy[0])?.0, stack.rank());
+            let mut g = vec![T::of(0.0); rows * rank];
+            for (i, update, columns) in stack.with_columns() {
+                let (dy, b) = (mat::<T>(dy[i])?, mat(update.b)?);
+                let onto = &mut g[columns.start..];
+                gemm(onto, rank, Onto::Nothing, update.scale, dy.get(), b.get(), Threads::All);
+            }
+            tensor(g, (rows, rank)).map(Some)
         });
-        return Ok((dx, Some(gradient)));
     }
-    let mut through = g.matmul(update.a)?;
-    if let Some(dropout) = &update.dropout {
-        through = dropout::apply(&through, dropout)?;
+    let one = |(i, update, _): (usize, &LowRank<'_>, _)| dy[i].matmul(update.b)? * update.scale;
+    Tensor::cat(&stack.with_columns().map(one).collect::<Result<Vec<_>>>()?, 1).map(Some)
+}
+
+/// `dx = Σ dy W + drop(G A)`.
+///
+/// # Errors
+/// What candle returns for wrong shapes or types.
+pub fn input_gradient<const N: usize>(
+    dy: [&Tensor; N],
+    branches: &[Branch<'_>; N],
+    g: Option<&Tensor>,
+) -> Result<Tensor> {
+    let frozen = || dy.into_iter().zip(branches.iter().map(|branch| branch.weight));
+    let stack = Stack::of(branches)?.zip(g);
+    let Some((stack, g)) = stack else { return sum_of_products(frozen()) };
+    if !stack.has_dropout() {
+        return sum_of_products(frozen().chain([(g, &stack.a()?)]));
     }
-    Ok(((dy.matmul(weight)? + through)?, Some(gradient)))
+    let mut dx = sum_of_products(frozen())?;
+    for (_, update, columns) in stack.with_columns() {
+        let mut back = g.narrow(1, columns.start, columns.len())?.matmul(update.a)?;
+        if let Some(dropout) = &update.dropout {
+            back = dropout::apply(&back, dropout)?;
+        }
+        dx = (dx + back)?;
+    }
+    Ok(dx)
+}
+
+/// `dA = Gᵀ drop(x)` and `dB = s dyᵀ (drop(x) Aᵀ)` of each update.
+///
+/// # Errors
+/// What candle returns for wrong shapes or types.
+pub fn update_gradients<const N: usize>(
+    dy: [&Tensor; N],
+    branches: &[Branch<'_>; N],
+    g: Option<&Tensor>,
+    x: &Tensor,
+    inner: Option<&Tensor>,
+) -> Result<[Option<LowRankGradient>; N]> {
+    let mut gradients = [const { None }; N];
+    let Some((stack, g)) = Stack::of(branches)?.zip(g) else { return Ok(gradients) };
+    let inner = inner.map_or_else(|| stack.inner(x), |inner| Ok(inner.clone()))?;
+    if has_kernel(x) && !stack.has_dropout() {
+        for_real!(x, T => {
+            let (x, g, inner) = (mat::<T>(x)?, mat::<T>(g)?, mat::<T>(&inner)?);
+            let da = product(g.get().t(), x.get());
+            for (i, update, columns) in stack.with_columns() {
+                let (dy, shape) = (mat::<T>(dy[i])?, dims2(update.b)?);
+                let mut b = vec![T::of(0.0); shape.0 * shape.1];
+                let inner = inner.columns(columns.clone());
+                gemm(&mut b, shape.1, Onto::Nothing, update.scale, dy.get().t(), inner, Threads::All);
+                let a = da[columns.start * x.columns..columns.end * x.columns].to_vec();
+                gradients[i] = Some(LowRankGradient { a: tensor(a, update.a.shape())?, b: tensor(b, shape)? });
+            }
+        });
+        return Ok(gradients);
+    }
+    for (i, update, columns) in stack.with_columns() {
+        let part = |of: &Tensor| of.narrow(1, columns.start, columns.len());
+        let a = part(g)?.t()?.matmul(&update.input(x)?)?;
+        let b = (dy[i].t()?.matmul(&part(&inner)?)? * update.scale)?;
+        gradients[i] = Some(LowRankGradient { a, b });
+    }
+    Ok(gradients)
+}
+
+/// `Σ dy W`
+fn sum_of_products<'t>(mut terms: impl Iterator<Item = (&'t Tensor, &'t Tensor)>) -> Result<Tensor> {
+    let Some((first, w)) = terms.next() else { candle_core::bail!("no branch") };
+    if has_kernel(first) {
+        return for_real!(first, T => {
+            let (first, w) = (mat::<T>(first)?, mat(w)?);
+            let (mut dx, columns) = (product(first.get(), w.get()), w.columns);
+            for (dy, w) in terms {
+                let (dy, w) = (mat::<T>(dy)?, mat(w)?);
+                gemm(&mut dx, columns, Onto::Existing, 1.0, dy.get(), w.get(), Threads::All);
+            }
+            tensor(dx, (first.rows, columns))
+        });
+    }
+    let first = first.matmul(w)?;
+    terms.try_fold(first, |sum, (dy, w)| sum + dy.matmul(w)?)
+}
+
+/// A residual with a bias on every row.
+fn added<T: Real>(residual: &[T], bias: Option<&Tensor>, width: usize) -> Result<Vec<T>> {
+    let bias = bias.map(|bias| values::<T>(bias)).transpose()?;
+    let [y] = filled(residual.len(), width, |row, [y]| {
+        y.copy_from_slice(&residual[row * width..][..y.len()]);
+        for (y, &b) in y.iter_mut().zip(bias.iter().flat_map(|bias| bias.iter())) {
+            *y += b;
+        }
+    });
+    Ok(y)
+}
+
+fn repeated<T: Real>(bias: &[T], rows: usize) -> Vec<T> {
+    let [y] = filled(rows * bias.len(), bias.len(), |_, [y]| y.copy_from_slice(bias));
+    y
+}
+
+fn array<const N: usize>(tensors: Vec<Tensor>) -> Result<[Tensor; N]> {
+    tensors.try_into().map_err(|_| candle_core::Error::Msg("one output a branch".into()))
 }
 
 /// A borrowed matrix and its size.
 struct Borrowed<'t, T> {
-    values: super::cpu::Values<'t, T>,
+    values: Values<'t, T>,
     rows: usize,
     columns: usize,
 }
@@ -122,6 +336,10 @@ impl<T: Real> Borrowed<'_, T> {
     fn get(&self) -> Matrix<'_, T> {
         Matrix::new(&self.values, self.rows, self.columns)
     }
+
+    fn columns(&self, columns: std::ops::Range<usize>) -> Matrix<'_, T> {
+        Matrix::strided(&self.values[columns.start..], self.rows, columns.len(), self.columns)
+    }
 }
 
 #[cfg(test)]
@@ -129,96 +347,145 @@ mod tests {
     use super::*;
     use crate::ops::check::{close, composed, finite_difference, normal};
 
+    const ROWS: [u64; 6] = [3, 1, 4, 1, 5, 9];
+
+    /// Three matrices over `x [6, 5]`: with an update of rank 2, without, with one of rank 3.
     struct Case {
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        a: Tensor,
-        b: Tensor,
-        dy: Tensor,
+        residual: Tensor,
+        weights: [Tensor; 3],
+        bias: Option<Tensor>,
+        a: [Tensor; 2],
+        b: [Tensor; 2],
+        dy: [Tensor; 3],
+        dropout: Option<Dropout<'static>>,
     }
 
-    fn case() -> Result<Case> {
+    fn case(dropout: Option<Dropout<'static>>, bias: bool) -> Result<Case> {
         Ok(Case {
             x: normal(1, (6, 5))?,
-            weight: normal(2, (7, 5))?,
-            bias: normal(3, 7)?,
-            a: normal(4, (2, 5))?,
-            b: normal(5, (7, 2))?,
-            dy: normal(6, (6, 7))?,
+            residual: normal(8, (6, 7))?,
+            weights: [normal(2, (7, 5))?, normal(12, (7, 5))?, normal(22, (7, 5))?],
+            bias: bias.then(|| normal(3, 7)).transpose()?,
+            a: [normal(4, (2, 5))?, normal(14, (3, 5))?],
+            b: [normal(5, (7, 2))?, normal(15, (7, 3))?],
+            dy: [normal(6, (6, 7))?, normal(16, (6, 7))?, normal(26, (6, 7))?],
+            dropout,
         })
     }
 
-    const ROWS: [u64; 6] = [3, 1, 4, 1, 5, 9];
+    impl Case {
+        fn branches(&self) -> [Branch<'_>; 3] {
+            let update =
+                |i: usize, scale| Some(LowRank { a: &self.a[i], b: &self.b[i], scale, dropout: self.dropout });
+            let branch = |i: usize, update| Branch { weight: &self.weights[i], bias: self.bias.as_ref(), update };
+            [branch(0, update(0, 1.7)), branch(1, None), branch(2, update(1, -0.6))]
+        }
 
-    fn check_gradients(dropout: Option<Dropout<'_>>, bias: bool) -> Result<()> {
-        let Case { x, weight, bias: bias_values, a, b, dy } = case()?;
-        let bias = bias.then_some(&bias_values);
-        let value = |x: &Tensor, a: &Tensor, b: &Tensor| {
-            let update = LowRank { a, b, scale: 1.7, dropout };
-            (forward(x, &weight, bias, Some(&update))?.0 * &dy)?.sum_all()
-        };
-        let update = LowRank { a: &a, b: &b, scale: 1.7, dropout };
-        let xa = forward(&x, &weight, bias, Some(&update))?.1.expect("there is an update");
-        let (dx, gradient) = backward(&dy, &weight, Some((&update, &x, &xa)))?;
-        let gradient = gradient.expect("there is an update");
-        finite_difference(&x, &dx, |x| value(x, &a, &b))?;
-        finite_difference(&a, &gradient.a, |a| value(&x, a, &b))?;
-        finite_difference(&b, &gradient.b, |b| value(&x, &a, b))
+        fn value(&self) -> Result<Tensor> {
+            let (y, _) = forward(&self.x, &self.branches(), Some(&self.residual))?;
+            let along = |i: usize| (&y[i] * &self.dy[i])?.sum_all();
+            along(0)? + along(1)? + along(2)?
+        }
+
+        fn backward(&self) -> Result<(Tensor, Vec<Tensor>)> {
+            let (_, inner) = forward(&self.x, &self.branches(), None)?;
+            let dy = [&self.dy[0], &self.dy[1], &self.dy[2]];
+            let (dx, gradients) = backward(dy, &self.branches(), &self.x, inner.as_ref(), true)?;
+            assert!(gradients[1].is_none());
+            let gradients = gradients.into_iter().flatten().flat_map(|LowRankGradient { a, b }| [a, b]);
+            Ok((dx.expect("it was wanted"), gradients.collect()))
+        }
     }
+
+    fn check_gradients(dropout: Option<Dropout<'static>>, bias: bool) -> Result<()> {
+        let case = || case(dropout, bias);
+        let (dx, gradients) = case()?.backward()?;
+        finite_difference(&case()?.x, &dx, |x| Case { x: x.clone(), ..case()? }.value())?;
+        for i in 0..2 {
+            finite_difference(&case()?.a[i], &gradients[2 * i], |a| {
+                let mut case = case()?;
+                case.a[i] = a.clone();
+                case.value()
+            })?;
+            finite_difference(&case()?.b[i], &gradients[2 * i + 1], |b| {
+                let mut case = case()?;
+                case.b[i] = b.clone();
+                case.value()
+            })?;
+        }
+        Ok(())
+    }
+
+    const DROPOUT: Dropout<'static> = Dropout { probability: 0.4, key: 11, rows: &ROWS };
 
     #[test]
     fn backward_agrees_with_finite_differences() -> Result<()> {
         check_gradients(None, false)?;
         check_gradients(None, true)?;
-        composed(|| check_gradients(None, false))
+        composed(|| check_gradients(None, true))
     }
 
     #[test]
     fn backward_agrees_with_finite_differences_under_dropout() -> Result<()> {
-        check_gradients(Some(Dropout { probability: 0.4, key: 11, rows: &ROWS }), false)
+        check_gradients(Some(DROPOUT), false)
     }
 
     #[test]
-    fn without_an_update_only_the_input_has_a_gradient() -> Result<()> {
-        let Case { x, weight, bias, dy, .. } = case()?;
-        let (dx, gradient) = backward(&dy, &weight, None)?;
-        assert!(gradient.is_none());
-        finite_difference(&x, &dx, |x| (forward(x, &weight, Some(&bias), None)?.0 * &dy)?.sum_all())
+    fn without_updates_only_the_input_has_a_gradient_and_only_if_it_is_wanted() -> Result<()> {
+        let case = case(None, true)?;
+        let bare = case.branches().map(|branch| Branch { update: None, ..branch });
+        let dy = [&case.dy[0], &case.dy[1], &case.dy[2]];
+        let (dx, gradients) = backward(dy, &bare, &case.x, None, true)?;
+        assert!(gradients.iter().all(Option::is_none));
+        finite_difference(&case.x, &dx.expect("it was wanted"), |x| {
+            let (y, _) = forward(x, &bare, None)?;
+            ((&y[0] * dy[0])? + (&y[1] * dy[1])?)?.sum_all()? + (&y[2] * dy[2])?.sum_all()?
+        })?;
+        let (_, inner) = forward(&case.x, &case.branches(), None)?;
+        let (dx, gradients) = backward(dy, &case.branches(), &case.x, inner.as_ref(), false)?;
+        assert!(dx.is_none() && gradients[0].is_some());
+        Ok(())
     }
 
     /// Merging must equal not merging: `W + s B A` applied to `x`, with a scale that is not one, so that a scale on
     /// the base weight would show.
     #[test]
     fn merged_equals_unmerged() -> Result<()> {
-        let Case { x, weight, a, b, .. } = case()?;
-        let update = LowRank { a: &a, b: &b, scale: 2.5, dropout: None };
-        let merged = (&weight + (b.matmul(&a)? * 2.5)?)?;
-        close(&forward(&x, &weight, None, Some(&update))?.0, &x.matmul(&merged.t()?)?, 1e-14)
+        let case = case(None, false)?;
+        let update = LowRank { a: &case.a[0], b: &case.b[0], scale: 2.5, dropout: None };
+        let branch = Branch { weight: &case.weights[0], bias: None, update: Some(update) };
+        let merged = (&case.weights[0] + (case.b[0].matmul(&case.a[0])? * 2.5)?)?;
+        let ([y], _) = forward(&case.x, &[branch], None)?;
+        close(&y, &case.x.matmul(&merged.t()?)?, 1e-14)
     }
 
     #[test]
     fn kernel_equals_composed_form() -> Result<()> {
-        let Case { x, weight, a, b, dy, .. } = case()?;
-        let update = LowRank { a: &a, b: &b, scale: 1.7, dropout: None };
-        let both = || {
-            let (y, xa) = forward(&x, &weight, None, Some(&update))?;
-            let xa = xa.expect("there is an update");
-            Ok([y, backward(&dy, &weight, Some((&update, &x, &xa)))?.0])
-        };
-        for (kernel, plain) in both()?.iter().zip(&composed(both)?) {
-            close(kernel, plain, 1e-14)?;
+        for (dropout, bias) in [(None, false), (None, true), (Some(DROPOUT), true)] {
+            let case = case(dropout, bias)?;
+            let all = || {
+                let (plain, inner) = forward(&case.x, &case.branches(), None)?;
+                let (onto, _) = forward(&case.x, &case.branches(), Some(&case.residual))?;
+                let (dx, gradients) = case.backward()?;
+                Ok(plain.into_iter().chain(onto).chain(inner).chain([dx]).chain(gradients).collect::<Vec<_>>())
+            };
+            all()?.iter().zip(&composed(all)?).try_for_each(|(kernel, plain)| close(kernel, plain, 1e-14))?;
         }
         Ok(())
     }
 
     #[test]
     fn an_update_with_b_zero_changes_no_bit() -> Result<()> {
-        let Case { x, weight, a, b, .. } = case()?;
-        let (x, weight) = (x.to_dtype(candle_core::DType::F32)?, weight.to_dtype(candle_core::DType::F32)?);
-        let (a, b) = (a.to_dtype(x.dtype())?, b.zeros_like()?.to_dtype(x.dtype())?);
-        let update = LowRank { a: &a, b: &b, scale: 2.0, dropout: None };
-        let (on, off) = (forward(&x, &weight, None, Some(&update))?.0, forward(&x, &weight, None, None)?.0);
+        let case = case(None, false)?;
+        let single = |tensor: &Tensor| tensor.to_dtype(candle_core::DType::F32);
+        let (x, weight) = (single(&case.x)?, single(&case.weights[0])?);
+        let (a, b) = (single(&case.a[0])?, single(&case.b[0].zeros_like()?)?);
+        let with = |update| {
+            Ok::<_, candle_core::Error>(forward(&x, &[Branch { weight: &weight, bias: None, update }], None)?.0)
+        };
+        let [on] = with(Some(LowRank { a: &a, b: &b, scale: 2.0, dropout: None }))?;
+        let [off] = with(None)?;
         assert_eq!(on.to_vec2::<f32>()?, off.to_vec2::<f32>()?);
         Ok(())
     }

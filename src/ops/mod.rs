@@ -12,8 +12,9 @@
 //! | [`rope`] | rotary position embedding, HF's rotate-half form | queries and keys |
 //! | [`swiglu`] | `silu(gate) * up` | the MLP |
 //! | [`attention`] | causal attention over segments of one packed batch | every layer |
-//! | [`linear`] | frozen matrix plus low-rank update | every projection |
+//! | [`linear`] | frozen matrices over one input, each plus a low-rank update | every projection |
 //! | [`dropout`] | the adapter input's dropout, repeatable from a key | adapters |
+//! | [`rows`] | rows taken out of a matrix | embedding, scored rows |
 //! | [`completion_logps`] | log-probabilities of given tokens and their gradient, in one pass | the head |
 //!
 //! Each has a composed form out of plain candle operations, which runs on any device, and a CPU kernel in `cpu`,
@@ -29,6 +30,7 @@ pub mod dropout;
 pub mod linear;
 pub mod norm;
 pub mod rope;
+pub mod rows;
 pub mod swiglu;
 
 #[cfg(test)]

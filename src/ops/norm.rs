@@ -28,19 +28,20 @@ pub fn again(x: &Tensor, weight: &Tensor, rho: &Tensor) -> Result<Tensor> {
     x.broadcast_mul(&rho.unsqueeze(D::Minus1)?)?.broadcast_mul(weight)
 }
 
-/// The gradient of `x`: `ρ (w ⊙ dy) − x ρ³/D ⟨w ⊙ dy, x⟩`. The weight is frozen and has none.
+/// `onto [T, D]`, the gradient that comes by the residual, plus the gradient of `x`:
+/// `ρ (w ⊙ dy) − x ρ³/D ⟨w ⊙ dy, x⟩`. The weight is frozen and has none.
 ///
 /// # Errors
 /// What candle returns for wrong shapes or types.
-pub fn backward(dy: &Tensor, x: &Tensor, weight: &Tensor, rho: &Tensor) -> Result<Tensor> {
+pub fn backward(dy: &Tensor, x: &Tensor, weight: &Tensor, rho: &Tensor, onto: &Tensor) -> Result<Tensor> {
     if has_kernel(x) {
-        return cpu::norm::backward(dy, x, weight, rho);
+        return cpu::norm::backward(dy, x, weight, rho, onto);
     }
     let rho = rho.unsqueeze(D::Minus1)?;
     let wdy = dy.broadcast_mul(weight)?;
     let mean = (&wdy * x)?.mean_keepdim(D::Minus1)?;
     let along = x.broadcast_mul(&(mean * rho.powf(3.0)?)?)?;
-    wdy.broadcast_mul(&rho)? - along
+    onto + (wdy.broadcast_mul(&rho)? - along)?
 }
 
 #[cfg(test)]
@@ -52,9 +53,11 @@ mod tests {
     fn backward_agrees_with_finite_differences() -> Result<()> {
         let (x, weight) = (normal(1, (5, 19))?, normal(2, 19)?);
         let dy = normal(3, (5, 19))?;
+        let residual = normal(4, (5, 19))?;
         let (_, rho) = forward(&x, &weight, 1e-5)?;
-        let dx = backward(&dy, &x, &weight, &rho)?;
-        finite_difference(&x, &dx, |x| (forward(x, &weight, 1e-5)?.0 * &dy)?.sum_all())
+        let dx = backward(&dy, &x, &weight, &rho, &residual)?;
+        let value = |x: &Tensor| ((forward(x, &weight, 1e-5)?.0 * &dy)? + (x * &residual)?)?.sum_all();
+        finite_difference(&x, &dx, value)
     }
 
     #[test]
@@ -62,10 +65,10 @@ mod tests {
         // 33 columns: one more than two vector blocks, so that the remainder loop runs
         let (x, weight, dy) = (normal(1, (7, 33))?, normal(2, 33)?, normal(3, (7, 33))?);
         let (y, rho) = forward(&x, &weight, 1e-6)?;
-        let dx = backward(&dy, &x, &weight, &rho)?;
+        let dx = backward(&dy, &x, &weight, &rho, &y)?;
         let (plain_y, plain_rho, plain_dx) = composed(|| {
             let (y, rho) = forward(&x, &weight, 1e-6)?;
-            let dx = backward(&dy, &x, &weight, &rho)?;
+            let dx = backward(&dy, &x, &weight, &rho, &y)?;
             Ok((y, rho, dx))
         })?;
         close(&y, &plain_y, 1e-12)?;

@@ -44,6 +44,14 @@ impl Angles {
         };
         Ok(Self { cos: table(f64::cos)?, sin: table(f64::sin)? })
     }
+
+    /// The angles of some of the rows.
+    ///
+    /// # Errors
+    /// A row that is not there.
+    pub fn of_rows(&self, rows: &[u32]) -> Result<Self> {
+        Ok(Self { cos: super::rows::gather(&self.cos, rows)?, sin: super::rows::gather(&self.sin, rows)? })
+    }
 }
 
 /// Turns every head of `x [T, heads·E]` by its row's angles.

@@ -230,6 +230,7 @@ impl<'d> Trainer<'d> {
         let mut tally = Tally::default();
         let (mut at_start, mut tokens) = (Vec::new(), 0);
         let dropout_key = dropout::key(self.plan.seed, self.step as u64);
+        let saved = vec![crate::model::memory::Saved::All; self.model.decoder().config().num_hidden_layers];
         for batch in layout.micro_batches(&items, budget) {
             let examples: Vec<usize> = batch.iter().map(|&i| examples[i]).collect();
             let items: Vec<Item<'_>> = batch.iter().map(|&i| items[i]).collect();
@@ -237,7 +238,7 @@ impl<'d> Trainer<'d> {
             tokens += packed.tokens;
             let references = self.references(&packed, &parts, &examples)?;
             let Forward { scores, activations } =
-                self.model.forward(&packed, Adapter::On, Keep::Activations { dropout_key })?;
+                self.model.forward(&packed, Adapter::On, Keep::Activations { dropout_key, saved: &saved })?;
             let sums: Vec<Sums> = packed.spans.iter().map(|span| Sums::of(&scores[span.clone()])).collect();
             let scored = assemble(items.len(), &parts, &sums, &references);
             let evaluated = self.loss.evaluate(&scored, &update)?;

@@ -1,4 +1,7 @@
-//! Attention, a tile of query rows at a time, parallel over (segment, head) forward and (group, key head) backward.
+//! Attention, a tile of query rows at a time, parallel over segments and key heads.
+//!
+//! The query heads that share a key head are stacked: one product with the keys serves them all, and in the backward
+//! pass the sum over them comes with the product.
 
 use std::ops::Range;
 
@@ -6,17 +9,19 @@ use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 use super::gemm::{Matrix, Onto, Threads, gemm};
-use super::{Real, dot, for_real, max_of, sum_of, tensor, values, vectorised};
+use super::{Real, SendPtr, dot, filled, for_real, max_of, sum_of, tensor, values, vectorised};
 use crate::ops::attention::{Heads, Saved, Segment, Segments};
 use crate::ops::dims2;
 
-/// Query rows whose scores are held at once: with a thousand keys a tile of f32 scores is 256 KB, which stays in the
+/// The most query rows of a tile. With a thousand keys the scores of a tile take 400 KB in f32, which stays in the
 /// second-level cache.
 pub(crate) const TILE: usize = 64;
+/// Rows of a tile's stacked heads aimed at.
+const STACKED_ROWS: usize = 96;
 
 pub(crate) fn forward(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, segments: &Segments) -> Result<Saved> {
     let (rows, width) = dims2(q)?;
-    check(width, dims2(k)?, dims2(v)?, heads)?;
+    check((rows, width), dims2(k)?, dims2(v)?, heads, segments)?;
     for_real!(q, T => {
         let (q, k, v) = (values::<T>(q)?, values::<T>(k)?, values::<T>(v)?);
         let inputs = Inputs { q: &q, k: &k, v: &v, heads };
@@ -35,20 +40,29 @@ pub(crate) fn backward(
     segments: &Segments,
 ) -> Result<(Tensor, Tensor, Tensor)> {
     let (q_shape, k_shape) = (dims2(q)?, dims2(k)?);
-    check(q_shape.1, k_shape, dims2(v)?, heads)?;
+    check(q_shape, k_shape, dims2(v)?, heads, segments)?;
+    let lse_shape = (q_shape.0, heads.queries);
+    if dims2(d_output)? != q_shape || dims2(&saved.output)? != q_shape || dims2(&saved.log_sum_exp)? != lse_shape {
+        candle_core::bail!("attention: the gradient is not of the shape of the queries {q_shape:?}")
+    }
     for_real!(q, T => {
         let (q, k, v) = (values::<T>(q)?, values::<T>(k)?, values::<T>(v)?);
         let inputs = Inputs { q: &q, k: &k, v: &v, heads };
-        let (output, lse) = (values::<T>(&saved.output)?, values::<T>(&saved.log_sum_exp)?);
-        let (dq, dk, dv) = inputs.backward(&values(d_output)?, &output, &lse, segments);
+        let (output, lse, d_output) = (values::<T>(&saved.output)?, values(&saved.log_sum_exp)?, values(d_output)?);
+        let results = Results { d_output: &d_output, output: &output, log_sum_exp: &lse };
+        let (dq, dk, dv) = inputs.backward(&results, segments);
         Ok((tensor(dq, q_shape)?, tensor(dk, k_shape)?, tensor(dv, k_shape)?))
     })
 }
 
-fn check(width: usize, k: (usize, usize), v: (usize, usize), heads: Heads) -> Result<()> {
+fn check(q: (usize, usize), k: (usize, usize), v: (usize, usize), heads: Heads, segments: &Segments) -> Result<()> {
     let Heads { queries, keys, dimension, .. } = heads;
-    if width != queries * dimension || k != v || k.1 != keys * dimension || queries % keys != 0 {
-        candle_core::bail!("attention: {width} query columns, keys {k:?}, values {v:?}, {heads:?}")
+    if q.1 != queries * dimension || k != v || k.1 != keys * dimension || queries % keys != 0 {
+        candle_core::bail!("attention: {} query columns, keys {k:?}, values {v:?}, {heads:?}", q.1)
+    }
+    let inside = |s: &Segment| s.queries.end <= q.0 && s.prefix.end <= k.0 && s.own.end <= k.0;
+    if !segments.groups().iter().flatten().all(inside) {
+        candle_core::bail!("attention: a segment reaches past the {} query rows or {} key rows", q.0, k.0)
     }
     Ok(())
 }
@@ -58,6 +72,28 @@ struct Inputs<'a, T> {
     k: &'a [T],
     v: &'a [T],
     heads: Heads,
+}
+
+/// What the forward pass gave, and the gradient that came back, `[T, H·E]` and `[T, H]`.
+struct Results<'a, T> {
+    d_output: &'a [T],
+    output: &'a [T],
+    log_sum_exp: &'a [T],
+}
+
+/// Memory that a thread uses again for tile after tile.
+struct Scratch<T> {
+    q: Vec<T>,
+    d_out: Vec<T>,
+    scores: Vec<T>,
+    d_scores: Vec<T>,
+    result: Vec<T>,
+}
+
+impl<T> Scratch<T> {
+    fn new() -> Self {
+        Self { q: Vec::new(), d_out: Vec::new(), scores: Vec::new(), d_scores: Vec::new(), result: Vec::new() }
+    }
 }
 
 /// A tile of one segment's query rows and the key rows that its last row sees.
@@ -70,202 +106,248 @@ struct Tile<'s> {
 }
 
 impl<'s> Tile<'s> {
-    fn of(segment: &'s Segment) -> impl Iterator<Item = Tile<'s>> {
-        (0..segment.queries.len()).step_by(TILE).map(|start| {
-            let rows = start..(start + TILE).min(segment.queries.len());
+    fn of(segment: &'s Segment, per_key: usize) -> impl Iterator<Item = Tile<'s>> {
+        let step = (STACKED_ROWS / per_key).clamp(16, TILE);
+        (0..segment.queries.len()).step_by(step).map(move |start| {
+            let rows = start..(start + step).min(segment.queries.len());
             let width = segment.visible(rows.end - 1);
             Tile { segment, rows, width }
         })
     }
 
-    /// First row in the query matrix.
-    fn first(&self) -> usize {
-        self.segment.queries.start + self.rows.start
+    /// Keys that query number `i` of the tile sees.
+    fn visible(&self, i: usize) -> usize {
+        self.segment.visible(self.rows.start + i)
+    }
+
+    /// Its rows in the query matrix.
+    fn query_rows(&self) -> Range<usize> {
+        let start = self.segment.queries.start;
+        start + self.rows.start..start + self.rows.end
     }
 
     /// The visible key rows as (first column in the score matrix, rows of the key matrix).
-    fn key_ranges(&self) -> impl Iterator<Item = (usize, Range<usize>)> {
+    fn key_ranges(&self) -> impl Iterator<Item = (usize, Range<usize>)> + use<> {
         let Segment { prefix, own, .. } = self.segment;
         let own = own.start..own.start + self.width - prefix.len();
         [(0, prefix.clone()), (prefix.len(), own)].into_iter().filter(|(_, rows)| !rows.is_empty())
     }
 }
 
+/// Every segment with every key head, the most work first: the last to finish is then a small one.
+fn tasks(segments: &Segments, keys: usize) -> Vec<(&Segment, usize)> {
+    let all = segments.groups().iter().flatten();
+    let mut tasks: Vec<_> = all.flat_map(|segment| (0..keys).map(move |key| (segment, key))).collect();
+    let work = |segment: &Segment| segment.queries.len() * (segment.prefix.len() + segment.own.len());
+    tasks.sort_by_key(|(segment, _)| std::cmp::Reverse(work(segment)));
+    tasks
+}
+
 impl<'a, T: Real> Inputs<'a, T> {
-    /// Rows of head `head` of a matrix with `heads` heads.
-    fn rows<'b>(&self, of: &'b [T], heads: usize, head: usize, rows: Range<usize>) -> Matrix<'b, T> {
+    fn per_key(&self) -> usize {
+        self.heads.queries / self.heads.keys
+    }
+
+    /// Some rows of one head of keys or values.
+    fn keys(&self, of: &'a [T], key: usize, rows: Range<usize>) -> Matrix<'a, T> {
+        let Heads { keys, dimension: e, .. } = self.heads;
+        let start = (rows.start * keys + key) * e;
+        Matrix::strided(&of[start..], rows.len(), e, keys * e)
+    }
+
+    /// The query heads of key head `key` at `rows` of a `[T, H·E]` matrix, one head's rows below the other's, times
+    /// `scale`.
+    fn stack(&self, of: &[T], key: usize, rows: Range<usize>, scale: f64, stacked: &mut Vec<T>) {
+        let Heads { queries: heads, dimension: e, .. } = self.heads;
+        let scale = T::of(scale);
+        stacked.clear();
+        for head in key * self.per_key()..(key + 1) * self.per_key() {
+            for row in rows.clone() {
+                stacked.extend(of[(row * heads + head) * e..][..e].iter().map(|&x| x * scale));
+            }
+        }
+    }
+
+    /// Writes stacked rows back to where [`Inputs::stack`] would read them.
+    ///
+    /// # Safety
+    /// `to` points to a matrix of the size of the queries, whose `rows` no other task writes in these heads.
+    #[expect(unsafe_code, reason = "tasks write disjoint blocks of one matrix")]
+    unsafe fn unstack(&self, stacked: &[T], key: usize, rows: Range<usize>, to: SendPtr<T>) {
+        let Heads { queries: heads, dimension: e, .. } = self.heads;
+        let places = (key * self.per_key()..(key + 1) * self.per_key())
+            .flat_map(|head| rows.clone().map(move |row| (row * heads + head) * e));
+        for (from, place) in stacked.chunks_exact(e).zip(places) {
+            // SAFETY: a row of a head inside the matrix, by the caller's promise written by this task alone.
+            unsafe {
+                std::ptr::copy_nonoverlapping(from.as_ptr(), to.get().add(place), e);
+            }
+        }
+    }
+
+    /// `Q Kᵀ` (or `dO Vᵀ`) of a tile's stacked rows, `[stacked, width]`.
+    fn scores(&self, stacked: &[T], of: &'a [T], key: usize, tile: &Tile<'_>, scores: &mut Vec<T>) {
         let e = self.heads.dimension;
-        let start = rows.start * heads * e + head * e;
-        Matrix::strided(&of[start..], rows.len(), e, heads * e)
-    }
-
-    fn queries(&self, head: usize, rows: Range<usize>) -> Matrix<'a, T> {
-        self.rows(self.q, self.heads.queries, head, rows)
-    }
-
-    fn keys(&self, of: &'a [T], head: usize, rows: Range<usize>) -> Matrix<'a, T> {
-        self.rows(of, self.heads.keys, head, rows)
-    }
-
-    fn key_head(&self, head: usize) -> usize {
-        head / (self.heads.queries / self.heads.keys)
-    }
-
-    /// `scores = scale · Q Kᵀ` of a tile, `[rows, width]`.
-    fn scores(&self, head: usize, tile: &Tile<'_>, scores: &mut Vec<T>) {
-        let q = self.queries(head, tile.first()..tile.first() + tile.rows.len());
-        scores.resize(tile.rows.len() * tile.width, T::of(0.0));
+        let stacked = Matrix::new(stacked, stacked.len() / e, e);
+        scores.resize(stacked.rows() * tile.width, T::of(0.0));
         for (column, rows) in tile.key_ranges() {
-            let k = self.keys(self.k, self.key_head(head), rows);
-            let scale = self.heads.scale;
-            gemm(&mut scores[column..], tile.width, Onto::Nothing, scale, q, k.t(), Threads::One);
+            let k = self.keys(of, key, rows);
+            gemm(&mut scores[column..], tile.width, Onto::Nothing, 1.0, stacked, k.t(), Threads::One);
         }
     }
 
     fn forward(&self, segments: &Segments, total_rows: usize) -> (Vec<T>, Vec<T>) {
-        let Heads { queries: heads, dimension: e, .. } = self.heads;
-        let tasks: Vec<(&Segment, usize)> = segments
-            .groups()
-            .iter()
-            .flatten()
-            .flat_map(|segment| (0..heads).map(move |head| (segment, head)))
-            .collect();
-        let blocks: Vec<(Vec<T>, Vec<T>)> =
-            tasks.par_iter().map(|&(segment, head)| self.forward_head(segment, head)).collect();
-        let mut output = vec![T::of(0.0); total_rows * heads * e];
-        let mut log_sum_exp = vec![T::of(0.0); total_rows * heads];
-        for (&(segment, head), (block, lse)) in tasks.iter().zip(&blocks) {
-            for (i, row) in segment.queries.clone().enumerate() {
-                let at = row * heads * e + head * e;
-                output[at..at + e].copy_from_slice(&block[i * e..(i + 1) * e]);
-                log_sum_exp[row * heads + head] = lse[i];
-            }
-        }
+        let Heads { queries: heads, keys, dimension: e, .. } = self.heads;
+        let [mut output] = filled(total_rows * heads * e, heads * e, |_, _| {});
+        let [mut log_sum_exp] = filled(total_rows * heads, heads, |_, _| {});
+        let (to_output, to_lse) = (SendPtr::new(&mut output), SendPtr::new(&mut log_sum_exp));
+        tasks(segments, keys).into_par_iter().with_max_len(1).for_each_init(Scratch::new, |scratch, task| {
+            self.forward_task(task, scratch, to_output, to_lse);
+        });
         (output, log_sum_exp)
     }
 
-    /// One head of one segment: the output rows `[n, E]` and their log-sum-exp `[n]`.
-    fn forward_head(&self, segment: &Segment, head: usize) -> (Vec<T>, Vec<T>) {
-        let e = self.heads.dimension;
-        let mut output = vec![T::of(0.0); segment.queries.len() * e];
-        let mut log_sum_exp = Vec::with_capacity(segment.queries.len());
-        let mut scores = Vec::new();
-        for tile in Tile::of(segment) {
-            self.scores(head, &tile, &mut scores);
+    fn forward_task(&self, task: (&Segment, usize), scratch: &mut Scratch<T>, output: SendPtr<T>, lse: SendPtr<T>) {
+        let Heads { queries: heads, dimension: e, scale, .. } = self.heads;
+        let ((segment, key), per_key) = (task, self.per_key());
+        let Scratch { q, scores, result, .. } = scratch;
+        for tile in Tile::of(segment, per_key) {
+            let n = tile.rows.len();
+            self.stack(self.q, key, tile.query_rows(), scale, q);
+            self.scores(q, self.k, key, &tile, scores);
             for (i, row) in scores.chunks_exact_mut(tile.width).enumerate() {
-                let (seen, hidden) = row.split_at_mut(segment.visible(tile.rows.start + i));
-                log_sum_exp.push(vectorised(
+                let (seen, hidden) = row.split_at_mut(tile.visible(i % n));
+                let log_sum_exp = vectorised(
                     #[inline(always)]
                     || softmax(seen),
-                ));
+                );
                 hidden.fill(T::of(0.0));
+                let (row, head) = (tile.query_rows().start + i % n, key * per_key + i / n);
+                // SAFETY: inside `[T, H]`; this head of these query rows is this task's alone, since the query rows of
+                // segments do not overlap.
+                #[expect(unsafe_code, reason = "tasks write disjoint blocks of one matrix")]
+                unsafe {
+                    lse.get().add(row * heads + head).write(log_sum_exp);
+                }
             }
-            let out = &mut output[tile.rows.start * e..tile.rows.end * e];
+            result.resize(per_key * n * e, T::of(0.0));
             let mut onto = Onto::Nothing;
             for (column, rows) in tile.key_ranges() {
-                let weights = Matrix::strided(&scores[column..], tile.rows.len(), rows.len(), tile.width);
-                let v = self.keys(self.v, self.key_head(head), rows);
-                gemm(out, e, onto, 1.0, weights, v, Threads::One);
+                let weights = Matrix::strided(&scores[column..], per_key * n, rows.len(), tile.width);
+                gemm(result, e, onto, 1.0, weights, self.keys(self.v, key, rows), Threads::One);
                 onto = Onto::Existing;
             }
+            // SAFETY: the output is of the size of the queries, and the query rows of segments do not overlap.
+            #[expect(unsafe_code, reason = "tasks write disjoint blocks of one matrix")]
+            unsafe {
+                self.unstack(result, key, tile.query_rows(), output);
+            }
         }
-        (output, log_sum_exp)
     }
 
-    fn backward(
-        &self,
-        d_output: &[T],
-        output: &[T],
-        log_sum_exp: &[T],
-        segments: &Segments,
-    ) -> (Vec<T>, Vec<T>, Vec<T>) {
+    fn backward(&self, results: &Results<'_, T>, segments: &Segments) -> (Vec<T>, Vec<T>, Vec<T>) {
         let Heads { queries: heads, keys, dimension: e, .. } = self.heads;
-        let per_key = heads / keys;
-        let saved = Results { d_output, output, log_sum_exp };
-        let tasks: Vec<(&[Segment], usize)> =
-            segments.groups().iter().flat_map(|group| (0..keys).map(move |key| (group.as_slice(), key))).collect();
-        let blocks: Vec<Block<T>> =
-            tasks.par_iter().map(|&(group, key)| self.backward_group(group, key, &saved)).collect();
-        let mut dq = vec![T::of(0.0); self.q.len()];
-        let mut dk = vec![T::of(0.0); self.k.len()];
-        let mut dv = vec![T::of(0.0); self.v.len()];
-        for (&(group, key), block) in tasks.iter().zip(&blocks) {
-            let mut from = block.dq.chunks_exact(per_key * e);
-            for row in group.iter().flat_map(|segment| segment.queries.clone()) {
-                let at = row * heads * e + key * per_key * e;
-                let from = from.next().expect("as many rows as the group has queries");
-                dq[at..at + per_key * e].copy_from_slice(from);
-            }
-            for (i, row) in block.rows.clone().enumerate() {
-                let at = row * keys * e + key * e;
-                dk[at..at + e].copy_from_slice(&block.dk[i * e..(i + 1) * e]);
-                dv[at..at + e].copy_from_slice(&block.dv[i * e..(i + 1) * e]);
+        let [mut dq] = filled(self.q.len(), heads * e, |_, _| {});
+        let [mut dk, mut dv] = filled(self.k.len(), keys * e, |_, _| {});
+        let to = [&mut dq, &mut dk, &mut dv].map(|matrix| SendPtr::new(matrix));
+        let shared: Vec<_> = tasks(segments, keys)
+            .into_par_iter()
+            .with_max_len(1)
+            .map_init(Scratch::new, |scratch, task| self.backward_task(task, results, scratch, to))
+            .collect();
+        // what branches owe to the rows of their prompt, in the order of the tasks
+        for Shared { prefix, key, dk: from_k, dv: from_v } in shared.into_iter().flatten() {
+            for (to, from) in [(&mut dk, from_k), (&mut dv, from_v)] {
+                for (row, from) in prefix.clone().zip(from.chunks_exact(e)) {
+                    for (to, &from) in to[(row * keys + key) * e..][..e].iter_mut().zip(from) {
+                        *to += from;
+                    }
+                }
             }
         }
         (dq, dk, dv)
     }
 
-    /// Everything one key/value head of one group contributes to.
-    fn backward_group(&self, group: &[Segment], key: usize, saved: &Results<'_, T>) -> Block<T> {
+    /// Everything that one segment contributes with one key head; what belongs to a shared prompt is returned.
+    fn backward_task(
+        &self,
+        task: (&Segment, usize),
+        results: &Results<'_, T>,
+        scratch: &mut Scratch<T>,
+        [dq, dk, dv]: [SendPtr<T>; 3],
+    ) -> Option<Shared<T>> {
         let Heads { queries: heads, keys, dimension: e, scale } = self.heads;
-        let per_key = heads / keys;
-        let ranges = || group.iter().flat_map(|s| [&s.prefix, &s.own]).filter(|r| !r.is_empty());
-        let start = ranges().map(|r| r.start).min().unwrap_or(0);
-        let end = ranges().map(|r| r.end).max().unwrap_or(start);
-        let queries: usize = group.iter().map(|s| s.queries.len()).sum();
-        let mut dq = vec![T::of(0.0); queries * per_key * e];
-        let mut dk = vec![T::of(0.0); (end - start) * e];
-        let mut dv = vec![T::of(0.0); (end - start) * e];
-        let (mut weights, mut d_scores) = (Vec::new(), Vec::new());
-        let mut first_query = 0;
-        for segment in group {
-            for tile in Tile::of(segment) {
-                let (n, width) = (tile.rows.len(), tile.width);
-                let rows = tile.first()..tile.first() + n;
-                for head in key * per_key..(key + 1) * per_key {
-                    let d_out = self.rows(saved.d_output, heads, head, rows.clone());
-                    self.scores(head, &tile, &mut weights);
-                    d_scores.resize(n * width, T::of(0.0));
-                    for (column, keys) in tile.key_ranges() {
-                        let v = self.keys(self.v, key, keys);
-                        let dst = &mut d_scores[column..];
-                        gemm(dst, width, Onto::Nothing, 1.0, d_out, v.t(), Threads::One);
-                    }
-                    let pairs = weights.chunks_exact_mut(width).zip(d_scores.chunks_exact_mut(width));
-                    for (i, (weights, d_scores)) in pairs.enumerate() {
-                        let (lse, row_sum) = saved.row(heads, e, rows.start + i, head);
-                        let seen = segment.visible(tile.rows.start + i);
-                        vectorised(
-                            #[inline(always)]
-                            || {
-                                for (weight, d_score) in weights[..seen].iter_mut().zip(&mut d_scores[..seen]) {
-                                    *weight = (*weight - lse).exp_in_loop();
-                                    *d_score = *weight * (*d_score - row_sum);
-                                }
-                            },
-                        );
-                        weights[seen..].fill(T::of(0.0));
-                        d_scores[seen..].fill(T::of(0.0));
-                    }
-                    let dq_at = (first_query + tile.rows.start) * per_key * e + (head - key * per_key) * e;
-                    let q = self.queries(head, rows.clone());
-                    let mut onto = Onto::Nothing;
-                    for (column, keys) in tile.key_ranges() {
-                        let part = |of| Matrix::strided(of, n, keys.len(), width);
-                        let (weights, d_scores) = (part(&weights[column..]), part(&d_scores[column..]));
-                        let k = self.keys(self.k, key, keys.clone());
-                        gemm(&mut dq[dq_at..], per_key * e, onto, scale, d_scores, k, Threads::One);
-                        let at = (keys.start - start) * e;
-                        gemm(&mut dk[at..], e, Onto::Existing, scale, d_scores.t(), q, Threads::One);
-                        gemm(&mut dv[at..], e, Onto::Existing, 1.0, weights.t(), d_out, Threads::One);
-                        onto = Onto::Existing;
-                    }
+        let ((segment, key), per_key) = (task, self.per_key());
+        let Segment { prefix, own, .. } = segment;
+        let seen = prefix.len() + own.len();
+        let (mut sum_k, mut sum_v) = (vec![T::of(0.0); seen * e], vec![T::of(0.0); seen * e]);
+        let Scratch { q, d_out, scores: weights, d_scores, result } = scratch;
+        for tile in Tile::of(segment, per_key) {
+            let (n, width) = (tile.rows.len(), tile.width);
+            let stacked = per_key * n;
+            self.stack(self.q, key, tile.query_rows(), scale, q);
+            self.stack(results.d_output, key, tile.query_rows(), 1.0, d_out);
+            self.scores(q, self.k, key, &tile, weights);
+            self.scores(d_out, self.v, key, &tile, d_scores);
+            let rows = weights.chunks_exact_mut(width).zip(d_scores.chunks_exact_mut(width));
+            for (i, ((weights, d_scores), d_out)) in rows.zip(d_out.chunks_exact(e)).enumerate() {
+                let place = (tile.query_rows().start + i % n) * heads + key * per_key + i / n;
+                let (lse, output) = (results.log_sum_exp[place], &results.output[place * e..][..e]);
+                let seen = tile.visible(i % n);
+                vectorised(
+                    #[inline(always)]
+                    || {
+                        let row_sum = dot(d_out, output);
+                        for (weight, d_score) in weights[..seen].iter_mut().zip(&mut d_scores[..seen]) {
+                            *weight = (*weight - lse).exp_in_loop();
+                            *d_score = *weight * (*d_score - row_sum);
+                        }
+                    },
+                );
+                weights[seen..].fill(T::of(0.0));
+                d_scores[seen..].fill(T::of(0.0));
+            }
+            result.resize(stacked * e, T::of(0.0));
+            let mut onto = Onto::Nothing;
+            for (column, rows) in tile.key_ranges() {
+                let part = |of| Matrix::strided(of, stacked, rows.len(), width);
+                let (weights, d_scores) = (part(&weights[column..]), part(&d_scores[column..]));
+                let k = self.keys(self.k, key, rows.clone());
+                gemm(result, e, onto, scale, d_scores, k, Threads::One);
+                // the queries carry the scale already
+                let (q, d_out) = (Matrix::new(q, stacked, e), Matrix::new(d_out, stacked, e));
+                gemm(&mut sum_k[column * e..], e, Onto::Existing, 1.0, d_scores.t(), q, Threads::One);
+                gemm(&mut sum_v[column * e..], e, Onto::Existing, 1.0, weights.t(), d_out, Threads::One);
+                onto = Onto::Existing;
+            }
+            // SAFETY: `dq` is of the size of the queries, and the query rows of segments do not overlap.
+            #[expect(unsafe_code, reason = "tasks write disjoint blocks of one matrix")]
+            unsafe {
+                self.unstack(result, key, tile.query_rows(), dq);
+            }
+        }
+        for (to, from) in [(dk, &sum_k), (dv, &sum_v)] {
+            for (row, from) in own.clone().zip(from[prefix.len() * e..].chunks_exact(e)) {
+                // SAFETY: `dk` and `dv` are of the size of the keys; the own rows of segments do not overlap, so this
+                // head of them is this task's alone.
+                #[expect(unsafe_code, reason = "tasks write disjoint blocks of one matrix")]
+                unsafe {
+                    std::ptr::copy_nonoverlapping(from.as_ptr(), to.get().add((row * keys + key) * e), e);
                 }
             }
-            first_query += segment.queries.len();
         }
-        Block { rows: start..end, dq, dk, dv }
+        sum_k.truncate(prefix.len() * e);
+        sum_v.truncate(prefix.len() * e);
+        (!prefix.is_empty()).then(|| Shared { prefix: prefix.clone(), key, dk: sum_k, dv: sum_v })
     }
+}
+
+/// The gradients of one key head of a prompt's rows by one of its branches, `[prefix, E]`.
+struct Shared<T> {
+    prefix: Range<usize>,
+    key: usize,
+    dk: Vec<T>,
+    dv: Vec<T>,
 }
 
 /// Turns scores into weights, and gives their log-sum-exp.
@@ -281,35 +363,4 @@ fn softmax<T: Real>(scores: &mut [T]) -> T {
         *score *= share;
     }
     largest + sum.ln()
-}
-
-/// What the forward pass gave, and the gradient that came back, `[T, H·E]` and `[T, H]`.
-struct Results<'a, T> {
-    d_output: &'a [T],
-    output: &'a [T],
-    log_sum_exp: &'a [T],
-}
-
-impl<T: Real> Results<'_, T> {
-    /// A row's log-sum-exp and `⟨dO, O⟩`.
-    fn row(&self, heads: usize, e: usize, row: usize, head: usize) -> (T, T) {
-        let at = row * heads * e + head * e;
-        let sum = vectorised(
-            #[inline(always)]
-            || dot(&self.d_output[at..at + e], &self.output[at..at + e]),
-        );
-        (self.log_sum_exp[row * heads + head], sum)
-    }
-}
-
-/// The gradients of one key/value head of one group.
-struct Block<T> {
-    /// Key/value rows of `dk` and `dv`.
-    rows: Range<usize>,
-    /// `[queries of the group, query heads of the key head · E]`
-    dq: Vec<T>,
-    /// `[rows, E]`
-    dk: Vec<T>,
-    /// `[rows, E]`
-    dv: Vec<T>,
 }

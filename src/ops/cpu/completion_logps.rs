@@ -1,12 +1,26 @@
-//! The head's scores and gradient, a chunk of rows at a time.
+//! The head's scores and gradient, a panel of the vocabulary at a time.
+
+use std::ops::Range;
 
 use candle_core::{Result, Tensor};
+use num_traits::Float;
 use rayon::prelude::*;
 
 use super::gemm::{Matrix, Onto, Threads, gemm};
-use super::{Real, for_real, max_of, sum_of, tensor, values, vectorised};
-use crate::ops::completion_logps::{TokenScore, Want, chunk_rows};
+use super::{Real, filled, for_real, max_of, sum_of, tensor, values, vectorised};
+use crate::ops::completion_logps::{TokenScore, Want};
 use crate::ops::dims2;
+
+/// Rows whose logits are held at once.
+const BLOCK: usize = 1024;
+/// Tokens whose logits are held at once. With [`BLOCK`] that is 8 MiB of f32, which a processor's last cache holds,
+/// and products large enough to run at full speed.
+const PANEL: usize = 2048;
+
+/// Bytes of logits held for elements of `bytes`, whatever the rows and the vocabulary.
+pub(crate) fn scratch_bytes(bytes: usize) -> usize {
+    BLOCK * PANEL * bytes
+}
 
 pub(crate) fn score(
     hidden: &Tensor,
@@ -21,72 +35,138 @@ pub(crate) fn score(
     }
     for_real!(hidden, T => {
         let (hidden, weight) = (values::<T>(hidden)?, values::<T>(weight)?);
-        let (scores, u) = scored(&hidden, &weight, vocabulary, d, targets, want);
+        let head = Head { weight: &weight, vocabulary, d };
+        let (scores, u) = head.score(&hidden, targets, want);
         Ok((scores, u.map(|u| tensor(u, (rows, d))).transpose()?))
     })
 }
 
-fn scored<T: Real>(
-    hidden: &[T],
-    weight: &[T],
-    vocabulary: usize,
-    d: usize,
-    targets: &[u32],
-    want: Want,
-) -> (Vec<TokenScore>, Option<Vec<T>>) {
-    let chunk = chunk_rows(vocabulary, size_of::<T>());
-    let weight = Matrix::new(weight, vocabulary, d);
-    let mut logits = vec![T::of(0.0); chunk.min(targets.len()) * vocabulary];
-    let mut scores = Vec::with_capacity(targets.len());
-    let mut u = (want == Want::Gradient).then(|| vec![T::of(0.0); hidden.len()]);
-    for (i, targets) in targets.chunks(chunk).enumerate() {
-        let rows = i * chunk * d..(i * chunk + targets.len()) * d;
-        let logits = &mut logits[..targets.len() * vocabulary];
-        let hidden = Matrix::new(&hidden[rows.clone()], targets.len(), d);
-        gemm(logits, vocabulary, Onto::Nothing, 1.0, hidden, weight.t(), Threads::All);
-        let chunk_scores: Vec<TokenScore> = logits
-            .par_chunks_mut(vocabulary)
-            .zip(targets)
-            .map_init(Vec::new, |exps, (logits, &target)| {
-                vectorised(
-                    #[inline(always)]
-                    || score_row(logits, target as usize, want, exps),
-                )
-            })
-            .collect();
-        scores.extend(chunk_scores);
-        if let Some(u) = &mut u {
-            let slopes = Matrix::new(logits, targets.len(), vocabulary);
-            gemm(&mut u[rows], d, Onto::Nothing, 1.0, slopes, weight, Threads::All);
-        }
-    }
-    (scores, u)
+/// What is known of a row's distribution after some panels; sums are relative to the largest logit so far.
+#[derive(Clone, Copy)]
+struct Seen<T> {
+    largest: T,
+    /// `Σ e^(z − largest)`
+    sum: T,
+    /// `Σ (z − largest) e^(z − largest)`
+    along: T,
+    /// `Σ z`
+    total: f64,
+    /// The target's logit.
+    target: T,
 }
 
-/// Scores one row of logits; for a gradient it leaves `onehot(target) − softmax` in their place. `exps` is scratch.
-#[inline(always)]
-fn score_row<T: Real>(logits: &mut [T], target: usize, want: Want, exps: &mut Vec<T>) -> TokenScore {
-    let count = logits.len();
-    let largest = max_of(logits);
-    exps.resize(count, T::of(0.0));
-    for (exp, &logit) in exps.iter_mut().zip(logits.iter()) {
-        *exp = (logit - largest).exp_in_loop();
-    }
-    let sum = sum_of(count, |i| exps[i]);
-    // entropy = ln Σ e − Σ z e / Σ e, with z the logit less the largest
-    let along = sum_of(count, |i| (logits[i] - largest) * exps[i]);
-    let score = TokenScore {
-        logp: (logits[target] - largest - sum.ln()).to_f64(),
-        entropy: (sum.ln() - along / sum).to_f64(),
-        mean_logit: sum_of(count, |i| logits[i]).to_f64() / count as f64,
-        top1: logits[target] >= largest,
-    };
-    if want == Want::Gradient {
-        let scale = -sum.recip();
-        for (slope, &exp) in logits.iter_mut().zip(exps.iter()) {
-            *slope = exp * scale;
+struct Head<'a, T> {
+    /// `[V, D]`
+    weight: &'a [T],
+    vocabulary: usize,
+    d: usize,
+}
+
+impl<T: Real> Head<'_, T> {
+    fn score(&self, hidden: &[T], targets: &[u32], want: Want) -> (Vec<TokenScore>, Option<Vec<T>>) {
+        let Self { vocabulary, d, .. } = *self;
+        let unseen =
+            Seen { largest: T::neg_infinity(), sum: T::of(0.0), along: T::of(0.0), total: 0.0, target: T::of(0.0) };
+        let mut seen = vec![unseen; targets.len()];
+        let [mut u] = filled(if want == Want::Gradient { hidden.len() } else { 0 }, d, |_, _| {});
+        let mut logits = vec![T::of(0.0); BLOCK.min(targets.len()) * PANEL.min(vocabulary)];
+        for start in (0..vocabulary).step_by(PANEL) {
+            let panel = start..(start + PANEL).min(vocabulary);
+            for first in (0..targets.len()).step_by(BLOCK) {
+                let rows = first..(first + BLOCK).min(targets.len());
+                let u = u.get_mut(rows.start * d..rows.end * d).unwrap_or_default();
+                let hidden = Matrix::new(&hidden[rows.start * d..rows.end * d], rows.len(), d);
+                self.panel(&panel, hidden, &targets[rows.clone()], &mut seen[rows], &mut logits, u);
+            }
         }
-        logits[target] += T::of(1.0);
+        // so far U is −Σ e^(z − largest) W
+        u.par_chunks_mut(d).zip(&seen).zip(targets).for_each(|((u, seen), &target)| {
+            let (share, target) = (seen.sum.recip(), &self.weight[target as usize * d..][..d]);
+            for (u, &w) in u.iter_mut().zip(target) {
+                *u = *u * share + w;
+            }
+        });
+        let scores = seen.iter().map(|seen| seen.score(vocabulary)).collect();
+        (scores, (want == Want::Gradient).then_some(u))
     }
-    score
+
+    /// Adds a panel of the vocabulary to what is known of some rows; `u` is empty where no gradient is wanted.
+    fn panel(
+        &self,
+        panel: &Range<usize>,
+        hidden: Matrix<'_, T>,
+        targets: &[u32],
+        seen: &mut [Seen<T>],
+        logits: &mut [T],
+        u: &mut [T],
+    ) {
+        let (width, d) = (panel.len(), self.d);
+        let weight = Matrix::new(&self.weight[panel.start * d..panel.end * d], width, d);
+        let logits = &mut logits[..targets.len() * width];
+        gemm(logits, width, Onto::Nothing, 1.0, hidden, weight.t(), Threads::All);
+        let gradient = !u.is_empty();
+        let rescale = |(i, (logits, seen)): (usize, (&mut [T], &mut Seen<T>))| {
+            let target = (targets[i] as usize).checked_sub(panel.start).filter(|&at| at < width);
+            let shrunk = vectorised(
+                #[inline(always)]
+                || seen.add(logits, target),
+            );
+            (i, shrunk)
+        };
+        let rows = logits.par_chunks_mut(width).zip(seen).enumerate();
+        if gradient {
+            rows.map(rescale).zip(u.par_chunks_mut(d)).for_each(|((_, shrunk), u)| {
+                if shrunk != T::of(1.0) {
+                    u.iter_mut().for_each(|u| *u = *u * shrunk);
+                }
+            });
+            gemm(u, d, Onto::Existing, -1.0, Matrix::new(logits, targets.len(), width), weight, Threads::All);
+        } else {
+            rows.map(rescale).for_each(|_| {});
+        }
+    }
+}
+
+impl<T: Real> Seen<T> {
+    /// Takes in some logits and leaves `e^(z − largest)` in their place; returns what sums taken before have to be
+    /// multiplied by, now that the largest may be another.
+    #[inline(always)]
+    fn add(&mut self, logits: &mut [T], target: Option<usize>) -> T {
+        if let Some(target) = target {
+            self.target = logits[target];
+        }
+        let before = self.largest;
+        let largest = Float::max(max_of(logits), before);
+        let shrunk = if before == T::neg_infinity() { T::of(0.0) } else { (before - largest).exp() };
+        if shrunk != T::of(1.0) {
+            let moved = if before == T::neg_infinity() { T::of(0.0) } else { before - largest };
+            self.along = shrunk * (self.along + moved * self.sum);
+            self.sum *= shrunk;
+            self.largest = largest;
+        }
+        let count = logits.len();
+        self.total += sum_of(count, |i| logits[i]).to_f64();
+        // entropy needs Σ z e^z: the shifted logits are kept in the sum's own registers
+        const STRIP: usize = 256;
+        for strip in logits.chunks_mut(STRIP) {
+            let mut shifted = [T::of(0.0); STRIP];
+            for (shifted, logit) in shifted.iter_mut().zip(strip.iter_mut()) {
+                *shifted = *logit - largest;
+                *logit = shifted.exp_in_loop();
+            }
+            self.sum += sum_of(strip.len(), |i| strip[i]);
+            self.along += sum_of(strip.len(), |i| shifted[i] * strip[i]);
+        }
+        shrunk
+    }
+
+    fn score(&self, vocabulary: usize) -> TokenScore {
+        TokenScore {
+            logp: (self.target - self.largest - self.sum.ln()).to_f64(),
+            // ln Σ e − Σ z e / Σ e, with z the logit less the largest
+            entropy: (self.sum.ln() - self.along / self.sum).to_f64(),
+            mean_logit: self.total / vocabulary as f64,
+            top1: self.target >= self.largest,
+        }
+    }
 }

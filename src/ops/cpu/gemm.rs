@@ -37,6 +37,11 @@ impl<'a, T> Matrix<'a, T> {
         }
     }
 
+    /// Number of rows.
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
     fn checked(self) -> Self {
         let extent = extent(self.rows, self.columns, self.row_stride, self.column_stride);
         assert!(extent <= self.data.len(), "matrix reaches past its slice");
@@ -77,10 +82,48 @@ pub(crate) fn gemm<T: Real>(
     b: Matrix<'_, T>,
     threads: Threads,
 ) {
-    let (m, n, k) = (a.rows, b.columns, a.columns);
-    assert_eq!(k, b.rows, "inner dimensions of a product differ");
+    let (m, n) = (a.rows, b.columns);
     assert!(extent(m, n, dst_stride, 1) <= dst.len(), "product reaches past its destination");
     assert!(n <= dst_stride || m <= 1, "rows of the destination overlap");
+    // SAFETY: the destination holds all the product's elements, as was just checked, and they are initialised.
+    #[expect(unsafe_code, reason = "the crate gemm takes raw pointers")]
+    unsafe {
+        multiply(dst.as_mut_ptr(), dst_stride, onto, scale, a, b, threads);
+    }
+}
+
+/// `a b` as a new row-major matrix, computed by the whole pool.
+pub(crate) fn product<T: Real>(a: Matrix<'_, T>, b: Matrix<'_, T>) -> Vec<T> {
+    let len = a.rows * b.columns;
+    if a.columns == 0 {
+        return vec![T::of(0.0); len];
+    }
+    let mut dst = Vec::with_capacity(len);
+    // SAFETY: there is room for `len` elements, and a product that is not added onto anything writes each of them
+    // without reading it.
+    #[expect(unsafe_code, reason = "zeroing what is overwritten costs a tenth of a product")]
+    unsafe {
+        multiply(dst.as_mut_ptr(), b.columns, Onto::Nothing, 1.0, a, b, Threads::All);
+        dst.set_len(len);
+    }
+    dst
+}
+
+/// # Safety
+/// `dst` points to all elements of an `[a.rows, b.columns]` matrix of row stride `dst_stride`, which nothing else
+/// reads or writes meanwhile; they are initialised if the product is added onto them.
+#[expect(unsafe_code, reason = "the crate gemm takes raw pointers")]
+unsafe fn multiply<T: Real>(
+    dst: *mut T,
+    dst_stride: usize,
+    onto: Onto,
+    scale: f64,
+    a: Matrix<'_, T>,
+    b: Matrix<'_, T>,
+    threads: Threads,
+) {
+    let (m, n, k) = (a.rows, b.columns, a.columns);
+    assert_eq!(k, b.rows, "inner dimensions of a product differ");
     if m == 0 || n == 0 {
         return;
     }
@@ -88,16 +131,14 @@ pub(crate) fn gemm<T: Real>(
         Threads::One => gemm::Parallelism::None,
         Threads::All => gemm::Parallelism::Rayon(rayon::current_num_threads()),
     };
-    // SAFETY: the three extents were checked against their slices just now and at construction, the element types
-    // are equal, `dst` is borrowed mutably and so overlaps neither operand, and all strides fit an isize because
-    // they are bounded by slice lengths.
-    #[expect(unsafe_code, reason = "the crate gemm takes raw pointers")]
+    // SAFETY: the operands' extents were checked against their slices at construction, the element types are equal,
+    // `dst` is the caller's promise, and all strides fit an isize because they are bounded by slice lengths.
     unsafe {
         gemm::gemm(
             m,
             n,
             k,
-            dst.as_mut_ptr(),
+            dst,
             1,
             dst_stride as isize,
             onto == Onto::Existing,

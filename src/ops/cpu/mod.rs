@@ -16,6 +16,7 @@ use std::ops::Deref;
 
 use candle_core::{Device, Result, Shape, Storage, StorageRef, Tensor, WithDType, bail};
 use num_traits::Float;
+use rayon::prelude::*;
 
 /// f32 or f64.
 pub(crate) trait Real: WithDType + Float + std::iter::Sum {
@@ -100,6 +101,65 @@ impl<T: Real> Deref for Values<'_, T> {
 pub(crate) fn tensor<T: Real>(data: Vec<T>, shape: impl Into<Shape>) -> Result<Tensor> {
     Tensor::from_vec(data, shape.into(), &Device::Cpu)
 }
+
+/// `N` vectors of `len` elements, written together a chunk at a time by the whole pool; a chunk is zero before.
+///
+/// Each task touches its own memory first: zeroing all of it beforehand would be one more pass, on one core.
+pub(crate) fn filled<T: Real, const N: usize>(
+    len: usize,
+    chunk: usize,
+    write: impl Fn(usize, [&mut [T]; N]) + Sync,
+) -> [Vec<T>; N] {
+    let mut vectors: [Vec<T>; N] = [const { Vec::new() }; N];
+    let mut starts = [SendPtr(std::ptr::null_mut::<T>()); N];
+    for (vector, start) in vectors.iter_mut().zip(&mut starts) {
+        *vector = Vec::with_capacity(len);
+        *start = SendPtr(vector.as_mut_ptr());
+    }
+    (0..len.div_ceil(chunk.max(1))).into_par_iter().for_each(|i| {
+        let at = i * chunk;
+        let count = chunk.min(len - at);
+        // SAFETY: every vector has room for `len` elements; chunks do not overlap, so nothing else refers to this one;
+        // all bits zero is a number.
+        #[expect(unsafe_code, reason = "memory is handed out before it is initialised")]
+        let chunks = starts.map(|start| unsafe {
+            let first = start.get().add(at);
+            first.write_bytes(0, count);
+            std::slice::from_raw_parts_mut(first, count)
+        });
+        write(i, chunks);
+    });
+    for vector in &mut vectors {
+        // SAFETY: the chunks cover `len` elements and each was zeroed at least.
+        #[expect(unsafe_code, reason = "all elements were written above")]
+        unsafe {
+            vector.set_len(len);
+        }
+    }
+    vectors
+}
+
+/// A pointer that tasks write disjoint parts through.
+#[derive(Clone, Copy)]
+pub(crate) struct SendPtr<T>(*mut T);
+
+impl<T> SendPtr<T> {
+    pub(crate) fn new(slice: &mut [T]) -> Self {
+        Self(slice.as_mut_ptr())
+    }
+
+    /// The pointer. Through a method, so that a closure captures the whole, which may go to another thread.
+    pub(crate) fn get(self) -> *mut T {
+        self.0
+    }
+}
+
+// SAFETY: a pointer is only an address; whoever writes through it says why no other task does.
+#[expect(unsafe_code, reason = "raw pointers are not Send by default")]
+unsafe impl<T: Send> Send for SendPtr<T> {}
+// SAFETY: as above.
+#[expect(unsafe_code, reason = "raw pointers are not Sync by default")]
+unsafe impl<T: Send> Sync for SendPtr<T> {}
 
 /// Independent partial sums of a reduction: wide enough for the compiler to use vector registers, and in a fixed
 /// order, so that a sum is the same wherever and however often it is computed.

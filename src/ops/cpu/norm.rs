@@ -1,9 +1,8 @@
 //! RMSNorm over rows.
 
 use candle_core::{Result, Tensor};
-use rayon::prelude::*;
 
-use super::{Real, dot, for_real, sum_of, tensor, values};
+use super::{Real, dot, filled, for_real, sum_of, tensor, values, vectorised};
 use crate::ops::dims2;
 
 pub(crate) fn forward(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<(Tensor, Tensor)> {
@@ -19,42 +18,61 @@ pub(crate) fn again(x: &Tensor, weight: &Tensor, rho: &Tensor) -> Result<Tensor>
     for_real!(x, T => tensor(scaled::<T>(&values(x)?, &values(weight)?, &values(rho)?), dims2(x)?))
 }
 
-pub(crate) fn backward(dy: &Tensor, x: &Tensor, weight: &Tensor, rho: &Tensor) -> Result<Tensor> {
+pub(crate) fn backward(dy: &Tensor, x: &Tensor, weight: &Tensor, rho: &Tensor, onto: &Tensor) -> Result<Tensor> {
     for_real!(x, T => {
         let shape = dims2(x)?;
-        let dx = gradient::<T>(&values(dy)?, &values(x)?, &values(weight)?, &values(rho)?);
+        let dx = gradient::<T>(&values(dy)?, &values(x)?, &values(weight)?, &values(rho)?, &values(onto)?);
         tensor(dx, shape)
     })
 }
 
 fn inverse_rms<T: Real>(x: &[T], d: usize, epsilon: f64) -> Vec<T> {
-    let mean = |row: &[T]| sum_of(d, |i| row[i] * row[i]) / T::of(d as f64);
-    x.par_chunks(d).map(|row| (mean(row) + T::of(epsilon)).sqrt().recip()).collect()
+    let [rho] = filled(x.len() / d.max(1), 64, |chunk, [rho]| {
+        for (i, rho) in rho.iter_mut().enumerate() {
+            let row = &x[(chunk * 64 + i) * d..][..d];
+            let squares = vectorised(
+                #[inline(always)]
+                || sum_of(d, |i| row[i] * row[i]),
+            );
+            *rho = (squares / T::of(d as f64) + T::of(epsilon)).sqrt().recip();
+        }
+    });
+    rho
 }
 
 fn scaled<T: Real>(x: &[T], weight: &[T], rho: &[T]) -> Vec<T> {
     let d = weight.len();
-    let mut y = vec![T::of(0.0); x.len()];
-    y.par_chunks_mut(d).zip(x.par_chunks(d)).zip(rho).for_each(|((y, x), &rho)| {
-        for ((y, &x), &w) in y.iter_mut().zip(x).zip(weight) {
-            *y = x * rho * w;
-        }
+    let [y] = filled(x.len(), d, |row, [y]| {
+        let (x, rho) = (&x[row * d..][..d], rho[row]);
+        vectorised(
+            #[inline(always)]
+            || {
+                for ((y, &x), &w) in y.iter_mut().zip(x).zip(weight) {
+                    *y = x * rho * w;
+                }
+            },
+        );
     });
     y
 }
 
-fn gradient<T: Real>(dy: &[T], x: &[T], weight: &[T], rho: &[T]) -> Vec<T> {
+fn gradient<T: Real>(dy: &[T], x: &[T], weight: &[T], rho: &[T], onto: &[T]) -> Vec<T> {
     let d = weight.len();
-    let mut dx = vec![T::of(0.0); x.len()];
-    let rows = dx.par_chunks_mut(d).zip(x.par_chunks(d)).zip(dy.par_chunks(d)).zip(rho);
-    rows.for_each(|(((dx, x), dy), &rho)| {
-        for ((dx, &dy), &w) in dx.iter_mut().zip(dy).zip(weight) {
-            *dx = dy * w;
-        }
-        let along = dot(dx, x) * rho * rho * rho / T::of(d as f64);
-        for (dx, &x) in dx.iter_mut().zip(x) {
-            *dx = *dx * rho - x * along;
-        }
+    let [dx] = filled(x.len(), d, |row, [dx]| {
+        let [x, dy, onto] = [x, dy, onto].map(|of| &of[row * d..][..d]);
+        let rho = rho[row];
+        vectorised(
+            #[inline(always)]
+            || {
+                for ((dx, &dy), &w) in dx.iter_mut().zip(dy).zip(weight) {
+                    *dx = dy * w;
+                }
+                let along = dot(dx, x) * rho * rho * rho / T::of(d as f64);
+                for ((dx, &x), &onto) in dx.iter_mut().zip(x).zip(onto) {
+                    *dx = onto + (*dx * rho - x * along);
+                }
+            },
+        );
     });
     dx
 }

@@ -1,9 +1,8 @@
 //! Rotary position embedding over rows.
 
 use candle_core::{Result, Tensor};
-use rayon::prelude::*;
 
-use super::{Real, for_real, tensor, values};
+use super::{Real, filled, for_real, tensor, values, vectorised};
 use crate::ops::{dims2, rope::Turn};
 
 pub(crate) fn turn(x: &Tensor, cos: &Tensor, sin: &Tensor, turn: Turn) -> Result<Tensor> {
@@ -20,18 +19,23 @@ pub(crate) fn turn(x: &Tensor, cos: &Tensor, sin: &Tensor, turn: Turn) -> Result
 }
 
 fn turned<T: Real>(x: &[T], width: usize, cos: &[T], sin: &[T], half: usize, sign: T) -> Vec<T> {
-    let mut y = vec![T::of(0.0); x.len()];
-    let angles = cos.par_chunks(half).zip(sin.par_chunks(half));
-    y.par_chunks_mut(width).zip(x.par_chunks(width)).zip(angles).for_each(|((y, x), (cos, sin))| {
-        for (y, x) in y.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
-            let (y1, y2) = y.split_at_mut(half);
-            let (x1, x2) = x.split_at(half);
-            for j in 0..half {
-                let sin = sign * sin[j];
-                y1[j] = x1[j] * cos[j] - x2[j] * sin;
-                y2[j] = x2[j] * cos[j] + x1[j] * sin;
-            }
-        }
+    let [y] = filled(x.len(), width, |row, [y]| {
+        let x = &x[row * width..][..width];
+        let [cos, sin] = [cos, sin].map(|of| &of[row * half..][..half]);
+        vectorised(
+            #[inline(always)]
+            || {
+                for (y, x) in y.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
+                    let (y1, y2) = y.split_at_mut(half);
+                    let (x1, x2) = x.split_at(half);
+                    for j in 0..half {
+                        let sin = sign * sin[j];
+                        y1[j] = x1[j] * cos[j] - x2[j] * sin;
+                        y2[j] = x2[j] * cos[j] + x1[j] * sin;
+                    }
+                }
+            },
+        );
     });
     y
 }

@@ -1,10 +1,10 @@
 //! SwiGLU over all elements.
 
 use candle_core::{Result, Tensor};
-use rayon::prelude::*;
 
-use super::{Real, for_real, tensor, values, vectorised};
+use super::{Real, filled, for_real, tensor, values, vectorised};
 use crate::ops::dims2;
+use crate::ops::swiglu::Backward;
 
 /// Elements a task works on.
 const BLOCK: usize = 4096;
@@ -14,11 +14,11 @@ pub(crate) fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     for_real!(gate, T => tensor(product::<T>(&values(gate)?, &values(up)?), shape))
 }
 
-pub(crate) fn backward(dh: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Tensor, Tensor)> {
+pub(crate) fn backward(dh: &Tensor, gate: &Tensor, up: &Tensor) -> Result<Backward> {
     let shape = dims2(gate)?;
     for_real!(gate, T => {
-        let (dgate, dup) = gradients::<T>(&values(dh)?, &values(gate)?, &values(up)?);
-        Ok((tensor(dgate, shape)?, tensor(dup, shape)?))
+        let [h, d_gate, d_up] = gradients::<T>(&values(dh)?, &values(gate)?, &values(up)?);
+        Ok(Backward { h: tensor(h, shape)?, d_gate: tensor(d_gate, shape)?, d_up: tensor(d_up, shape)? })
     })
 }
 
@@ -28,9 +28,8 @@ fn sigmoid<T: Real>(x: T) -> T {
 }
 
 fn product<T: Real>(gate: &[T], up: &[T]) -> Vec<T> {
-    let mut h = vec![T::of(0.0); gate.len()];
-    let blocks = h.par_chunks_mut(BLOCK).zip(gate.par_chunks(BLOCK)).zip(up.par_chunks(BLOCK));
-    blocks.for_each(|((h, gate), up)| {
+    let [h] = filled(gate.len(), BLOCK, |block, [h]| {
+        let [gate, up] = [gate, up].map(|of| &of[block * BLOCK..][..h.len()]);
         vectorised(
             #[inline(always)]
             || {
@@ -43,22 +42,22 @@ fn product<T: Real>(gate: &[T], up: &[T]) -> Vec<T> {
     h
 }
 
-fn gradients<T: Real>(dh: &[T], gate: &[T], up: &[T]) -> (Vec<T>, Vec<T>) {
-    let mut dgate = vec![T::of(0.0); gate.len()];
-    let mut dup = vec![T::of(0.0); gate.len()];
-    let outputs = dgate.par_chunks_mut(BLOCK).zip(dup.par_chunks_mut(BLOCK));
-    let inputs = dh.par_chunks(BLOCK).zip(gate.par_chunks(BLOCK)).zip(up.par_chunks(BLOCK));
-    outputs.zip(inputs).for_each(|((dgate, dup), ((dh, gate), up))| {
+fn gradients<T: Real>(dh: &[T], gate: &[T], up: &[T]) -> [Vec<T>; 3] {
+    filled(gate.len(), BLOCK, |block, [h, d_gate, d_up]| {
+        let [dh, gate, up] = [dh, gate, up].map(|of| &of[block * BLOCK..][..h.len()]);
+        let outputs = h.iter_mut().zip(d_gate).zip(d_up);
+        let inputs = dh.iter().zip(gate).zip(up);
         vectorised(
             #[inline(always)]
             || {
-                for ((((dgate, dup), &dh), &e), &up) in dgate.iter_mut().zip(dup).zip(dh).zip(gate).zip(up) {
+                for (((h, d_gate), d_up), ((&dh, &e), &up)) in outputs.zip(inputs) {
                     let sigma = sigmoid(e);
-                    *dgate = dh * up * sigma * (T::of(1.0) + e * (T::of(1.0) - sigma));
-                    *dup = dh * e * sigma;
+                    let silu = e * sigma;
+                    *h = silu * up;
+                    *d_gate = dh * up * sigma * (T::of(1.0) + e * (T::of(1.0) - sigma));
+                    *d_up = dh * silu;
                 }
             },
         );
-    });
-    (dgate, dup)
+    })
 }
