@@ -6,8 +6,8 @@ use std::path::Path;
 use candle_core::{DType, Device, Result, Tensor};
 use serde_json::json;
 
-use super::decoder::LayerCache;
 use super::generate::Stop;
+use super::layer::LayerCache;
 use super::memory::Saved;
 use super::*;
 use crate::adapter::{self, LoraConfig, Targets, peft};
