@@ -30,7 +30,8 @@ pub struct Packed {
     pub scored_rows: Vec<u32>,
     /// The token scored at each of `scored_rows`.
     pub targets: Vec<u32>,
-    /// Ranges of `scored_rows`, one for each completion (or prompt) that was asked for.
+    /// Ranges of `scored_rows`, one for each completion (or prompt) that was asked for; the same one for the prompt of
+    /// several examples.
     pub spans: Vec<Range<usize>>,
     /// Tokens of the sequences, prompt and completion, shared prompts counted for each.
     pub tokens: usize,
@@ -75,6 +76,8 @@ impl Packed {
 pub struct Packer {
     packed: Packed,
     groups: Vec<Vec<Segment>>,
+    /// The span of the prompt last scored.
+    prompt: Range<usize>,
 }
 
 /// Whether a prompt's own tokens are scored too.
@@ -99,7 +102,7 @@ impl Packer {
         let start = self.packed.ids.len();
         let mut group = vec![self.rows(key, prompt, 0..0, 0)];
         if prompt_span == PromptSpan::Yes {
-            self.span((start..start + prompt.len() - 1).zip(&prompt[1..]));
+            self.prompt = self.span((start..start + prompt.len() - 1).zip(&prompt[1..]));
         }
         let last = start + prompt.len() - 1;
         for branch in branches {
@@ -121,6 +124,11 @@ impl Packer {
         self.groups.push(group);
     }
 
+    /// Names the span of the prompt last scored once more, for another example that has it; its rows are scored once.
+    pub fn repeat_prompt(&mut self) {
+        self.packed.spans.push(self.prompt.clone());
+    }
+
     fn rows(&mut self, key: u64, ids: &[u32], prefix: Range<usize>, position: usize) -> Segment {
         let start = self.packed.ids.len();
         self.packed.ids.extend_from_slice(ids);
@@ -132,13 +140,15 @@ impl Packer {
         Segment { queries: rows.clone(), prefix, own: rows }
     }
 
-    fn span<'t>(&mut self, scored: impl Iterator<Item = (usize, &'t u32)>) {
+    fn span<'t>(&mut self, scored: impl Iterator<Item = (usize, &'t u32)>) -> Range<usize> {
         let start = self.packed.targets.len();
         for (row, &target) in scored {
             self.packed.scored_rows.push(row as u32);
             self.packed.targets.push(target);
         }
-        self.packed.spans.push(start..self.packed.targets.len());
+        let span = start..self.packed.targets.len();
+        self.packed.spans.push(span.clone());
+        span
     }
 
     /// The batch.

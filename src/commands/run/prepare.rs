@@ -182,12 +182,13 @@ pub(super) fn prepare(arguments: &cli::Run, console: &Console) -> Result<Prepare
     console.fact(
         "plan",
         format_args!(
-            "{} updates of {}, learning rate {} ({}), at most {} tokens at once",
+            "{} updates of {}, learning rate {} ({}), at most {} tokens at once{}",
             thousands(plan.steps),
             plan.batch_size,
             plan.learning_rate,
             format!("{:?}", plan.schedule).to_lowercase(),
             thousands(plan.micro_batch_tokens),
+            if plan.share_prompts { "" } else { ", prompts not shared" },
         ),
     );
     console.fact("run", folder.shown());
