@@ -58,9 +58,9 @@ impl Packed {
             // queries are the last of a segment's own rows, so the first ones can be left out
             let first = segment.queries.clone().find(|&row| is_scored[row])?;
             let start = rows.len();
-            for row in first..segment.queries.end {
-                place[row] = rows.len() as u32;
-                rows.push(row as u32);
+            rows.extend(first as u32..segment.queries.end as u32);
+            for (place, at) in place[first..segment.queries.end].iter_mut().zip(start as u32..) {
+                *place = at;
             }
             Some(Segment { queries: start..rows.len(), ..segment.clone() })
         };
