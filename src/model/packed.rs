@@ -30,7 +30,8 @@ pub struct Packed {
     pub scored_rows: Vec<u32>,
     /// The token scored at each of `scored_rows`.
     pub targets: Vec<u32>,
-    /// Ranges of `scored_rows`, one for each completion (or prompt) that was asked for.
+    /// Ranges of `scored_rows`, one for each completion (or prompt) that was asked for; the same one for the prompt of
+    /// several examples.
     pub spans: Vec<Range<usize>>,
     /// Tokens of the sequences, prompt and completion, shared prompts counted for each.
     pub tokens: usize,
@@ -87,15 +88,16 @@ pub enum PromptSpan {
 }
 
 impl Packer {
-    /// Adds a prompt and its branches, each scored as one span in the order given.
+    /// Adds a prompt and its branches, each scored as one span in the order given. The number of the first span.
     ///
     /// `key` names the sequence for dropout.
     ///
     /// # Panics
     /// For an empty prompt or branch: nothing would predict the first token, or nothing would be predicted. The data
     /// stage lets neither through.
-    pub fn push(&mut self, key: u64, prompt: &[u32], branches: &[&[u32]], prompt_span: PromptSpan) {
+    pub fn push(&mut self, key: u64, prompt: &[u32], branches: &[&[u32]], prompt_span: PromptSpan) -> usize {
         assert!(!prompt.is_empty(), "an empty prompt predicts nothing");
+        let first_span = self.packed.spans.len();
         let start = self.packed.ids.len();
         let mut group = vec![self.rows(key, prompt, 0..0, 0)];
         if prompt_span == PromptSpan::Yes {
@@ -119,6 +121,15 @@ impl Packer {
             group = vec![Segment { queries: rows.clone(), prefix: 0..0, own: rows }];
         }
         self.groups.push(group);
+        first_span
+    }
+
+    /// Names span number `span` once more, for another example that it belongs to; its rows are scored once.
+    ///
+    /// # Panics
+    /// Where there are not that many.
+    pub fn repeat(&mut self, span: usize) {
+        self.packed.spans.push(self.packed.spans[span].clone());
     }
 
     fn rows(&mut self, key: u64, ids: &[u32], prefix: Range<usize>, position: usize) -> Segment {

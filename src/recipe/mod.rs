@@ -19,7 +19,7 @@ use crate::adapter::AdapterConfig;
 use crate::data::DataConfig;
 use crate::loss::Loss;
 use crate::model::ModelConfig;
-use crate::range::Count;
+use crate::range::{Count, Share};
 use crate::train::{EvalConfig, TrainConfig};
 
 /// A whole recipe.
@@ -114,7 +114,18 @@ impl Recipe {
                 add(key, &problem, "remove it: an adapter to start from has its rank, alpha, rslora and targets");
             }
         }
+        found.extend(self.sharing_under(self.adapter.dropout.map_or(0.0, Share::get)));
         found
+    }
+
+    /// The contradiction of shared prompts and an adapter with `dropout`, which `adapter.init` may have brought.
+    fn sharing_under(&self, dropout: f64) -> Option<(&'static str, String, String)> {
+        (self.train.share_prompts == Some(true) && dropout > 0.0).then(|| {
+            let problem = format!("prompts cannot be shared under dropout, which is {dropout}");
+            let help =
+                "completions of one prompt would see one mask: remove share_prompts, or set [adapter] dropout = 0";
+            ("train.share_prompts", problem, help.to_owned())
+        })
     }
 }
 

@@ -76,6 +76,15 @@ impl Resolved {
                 format!("{} bytes of activations a token, at most 1 GiB and {} rows", thousands(bytes), ROWS.end());
             reasons.push(("train.micro_batch_tokens", reason));
         }
+        let dropout = inputs.lora.dropout;
+        if let Some((key, problem, help)) = recipe.sharing_under(dropout) {
+            return Err(parsed.error(key, problem, Some(help)));
+        }
+        let share_prompts = *recipe.train.share_prompts.get_or_insert(dropout == 0.0);
+        if parsed.recipe.train.share_prompts.is_none() && !share_prompts {
+            let reason = format!("with dropout {dropout} each completion of a prompt needs a mask of its own on it");
+            reasons.push(("train.share_prompts", reason));
+        }
         if recipe.run.checkpoint_every.is_none() {
             recipe.run.checkpoint_every = Some(Count::constant((steps / 10).max(50)));
             reasons.push(("run.checkpoint_every", "a tenth of the run, at least 50".to_owned()));
@@ -104,6 +113,7 @@ impl Resolved {
             warmup,
             batch_size,
             micro_batch_tokens: train.micro_batch_tokens.map_or(*ROWS.end(), Count::get),
+            share_prompts,
             learning_rate: train.learning_rate.get(),
             schedule: train.schedule,
             weight_decay: train.weight_decay.get(),

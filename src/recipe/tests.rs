@@ -61,6 +61,7 @@ fn mistakes_are_shown_where_they_are() {
         ("a key twice", "rank = 8", "rank = 8\nrank = 16", &[]),
         ("epochs and steps", "learning_rate = 1e-4", "epochs = 1\nsteps = 10", &[]),
         ("two contradictions", "rank = 8", "rank = 8\nalpha = 16\ninit = \"adapter\"", &[]),
+        ("shared prompts under dropout", "rank = 8", "dropout = 0.05\n[train]\nshare_prompts = true", &[]),
         ("evaluation of nothing", "[train]", "[eval]\nevery = 10\n[train]", &[]),
         ("a prompt as long as everything", "[loss.dpo]", "max_prompt_length = 1024\n[loss.dpo]", &[]),
         ("--set of an unknown key", "", "", &["adapter.rnak=8"]),
@@ -147,7 +148,7 @@ fn the_page_on_recipes_has_every_key() {
         adapter = { rank = 1, alpha = 1, rslora = true, dropout = 0, targets = "all-linear", init = "i" }
         data = { train = "t", eval = "e", max_prompt_length = 1, chat_template = "c", columns = { prompt = "p" } }
         loss = { dpo = {} }
-        train = { epochs = 1, steps = 1, micro_batch_tokens = 1 }
+        train = { epochs = 1, steps = 1, micro_batch_tokens = 1, share_prompts = true }
         eval = { every = 1 }
     "#;
     let recipe: Recipe = toml::from_str(everything).expect("read");

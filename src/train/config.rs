@@ -21,6 +21,10 @@ pub struct TrainConfig {
     /// result. Default: what fits a fixed share of memory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub micro_batch_tokens: Option<Count>,
+    /// Whether completions of one prompt share its rows. Default: unless there is dropout, where each completion has its
+    /// own mask.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub share_prompts: Option<bool>,
     /// The highest learning rate.
     pub learning_rate: Positive,
     /// How it goes on after the warm-up.
@@ -44,6 +48,7 @@ impl Default for TrainConfig {
             steps: None,
             batch_size: Count::constant(32),
             micro_batch_tokens: None,
+            share_prompts: None,
             learning_rate: Positive::constant(1e-5),
             schedule: Schedule::default(),
             warmup: Warmup::Share(0.1),

@@ -2,7 +2,7 @@
 
 use super::batch::{Item, Layout, Part};
 use super::metrics::{Metrics, Sums, Tally};
-use super::trainer::{TrainError, assemble, check_finite, layout, mismatched_kl, nll_tokens};
+use super::trainer::{TrainError, assemble, check_finite, mismatched_kl, nll_tokens};
 use crate::data::Dataset;
 use crate::loss::{Examples, Loss, Scored, Update};
 use crate::model::{Adapter, Keep, Model};
@@ -23,9 +23,9 @@ impl<'d> Evaluation<'d> {
     /// Plans micro-batches of at most `budget` rows; nothing is kept for a backward pass, so it may be several times
     /// that of training.
     #[must_use]
-    pub fn new(data: &'d Dataset, loss: &Loss, budget: usize) -> Self {
+    pub fn new(data: &'d Dataset, loss: &Loss, share_prompts: bool, budget: usize) -> Self {
         let items: Vec<_> = (0..data.len()).map(|index| Item::example(data, index)).collect();
-        let layout = layout(loss, 0.0);
+        let layout = Layout::new(loss, share_prompts);
         let batches = layout.micro_batches(&items, budget);
         Self { data, items, layout, batches, budget, reference: Vec::new() }
     }
@@ -55,7 +55,7 @@ impl<'d> Evaluation<'d> {
         step: usize,
         advance: &dyn Fn(u64),
     ) -> Result<Metrics, TrainError> {
-        let kl = if loss.needs_kl() { mismatched_kl(model, &self.items, self.budget)? } else { 0.0 };
+        let kl = if loss.needs_kl() { mismatched_kl(model, &self.items, self.layout, self.budget)? } else { 0.0 };
         let sides = |item: &Item<'_>| [item.chosen, item.rejected].into_iter().flatten().count();
         let examples = match loss.examples() {
             Examples::Labelled => self.items.iter().map(sides).sum(),

@@ -1,4 +1,5 @@
-//! Whole updates in f64 on a tiny model: what must not depend on how an update is cut into micro-batches.
+//! Whole updates in f64 on a tiny model: what must not depend on how an update is cut into micro-batches, nor on whether
+//! prompts are shared.
 
 use candle_core::{DType, Device, Tensor};
 
@@ -9,7 +10,13 @@ use crate::loss::{Loss, Orpo};
 use crate::model::{Model, WeightFiles, family};
 use crate::progress::Console;
 
-const LOSSES: [&str; 5] = ["dpo", "ipo", "kto", "orpo", "sft"];
+/// Every loss, and ORPO with TRL's likelihood.
+fn losses() -> [(&'static str, Loss); 6] {
+    let nll = crate::loss::Nll::PromptAndCompletion;
+    let orpo = ("orpo with prompts", Loss::Orpo(Orpo { nll, ..Orpo::default() }));
+    let [dpo, ipo, kto, orpo_alone, sft] = ["dpo", "ipo", "kto", "orpo", "sft"].map(|name| (name, loss(name)));
+    [dpo, ipo, kto, orpo_alone, sft, orpo]
+}
 
 fn loss(name: &str) -> Loss {
     #[derive(serde::Deserialize)]
@@ -39,13 +46,16 @@ fn model(dropout: f64) -> Model {
     Model::new(decoder.expect("read"), adapters)
 }
 
-const ROWS: [(&[u32], &[u32], &[u32]); 6] = [
+/// Prompts that return, prompts and completions of one token, completions that begin alike.
+const ROWS: [(&[u32], &[u32], &[u32]); 8] = [
     (&[1, 5, 9], &[3, 4], &[7, 8, 9, 2]),
     (&[1, 6], &[4], &[2, 2]),
     (&[1, 7, 7, 3, 5], &[9, 9, 1, 2, 6], &[8]),
-    (&[1, 8], &[3, 3, 3], &[4, 5]),
+    (&[1], &[3, 3, 3], &[4, 5]),
     (&[1, 9, 2], &[6, 5, 4, 2], &[6, 5, 3]),
     (&[1, 5, 9], &[2], &[3, 1, 2]),
+    (&[1], &[2], &[2, 7]),
+    (&[1, 5, 9], &[7, 1], &[8]),
 ];
 
 /// Pairs, or each completion by itself for a loss that learns from those.
@@ -68,6 +78,7 @@ fn plan(batch_size: usize, micro_batch_tokens: usize) -> Plan {
         warmup: 0,
         batch_size,
         micro_batch_tokens,
+        share_prompts: true,
         learning_rate: 1e-2,
         schedule: Schedule::Constant,
         weight_decay: 0.0,
@@ -77,45 +88,85 @@ fn plan(batch_size: usize, micro_batch_tokens: usize) -> Plan {
     }
 }
 
-fn tensors(trainer: &Trainer<'_>) -> Vec<f64> {
-    let flat = |(_, tensor): (String, &Tensor)| tensor.flatten_all().and_then(|t| t.to_vec1::<f64>()).expect("f64");
-    trainer.model().adapters().tensors().flat_map(flat).collect()
+/// What four updates gave.
+struct Trained {
+    metrics: Vec<Metrics>,
+    /// Of the first update.
+    gradient: Vec<f64>,
+    adapter: Vec<f64>,
 }
 
-fn updates(loss: &Loss, data: &Dataset, micro_batch_tokens: usize, dropout: f64) -> (Vec<Metrics>, Vec<f64>) {
-    let mut trainer =
-        Trainer::new(model(dropout), loss.clone(), data, plan(4, micro_batch_tokens)).expect("a trainer");
-    let metrics = (0..4).map(|_| trainer.update().expect("updated")).collect();
-    (metrics, tensors(&trainer))
+fn train(loss: &Loss, plan: Plan, dropout: f64) -> Trained {
+    let data = data(loss);
+    let mut trainer = Trainer::new(model(dropout), loss.clone(), &data, plan).expect("a trainer");
+    let flat = |tensor: &Tensor| tensor.flatten_all().and_then(|t| t.to_vec1::<f64>()).expect("f64");
+    let mut metrics = vec![trainer.update().expect("updated")];
+    // after one update the first moment is a tenth of it
+    let gradient = trainer.optimizer().moments().iter().flat_map(|moments| flat(&moments.first)).collect();
+    metrics.extend((0..3).map(|_| trainer.update().expect("updated")));
+    let adapter = trainer.model().adapters().tensors().flat_map(|(_, tensor)| flat(tensor)).collect();
+    Trained { metrics, gradient, adapter }
+}
+
+fn assert_same(what: &str, a: &Trained, b: &Trained) {
+    let largest = a.gradient.iter().fold(0.0, |largest: f64, x| largest.max(x.abs()));
+    for (x, y) in a.gradient.iter().zip(&b.gradient) {
+        assert!((x - y).abs() <= 1e-12 * largest, "{what}: gradient {x} {y} of {largest}");
+    }
+    for (step, (a, b)) in a.metrics.iter().zip(&b.metrics).enumerate() {
+        let tolerance = if step == 0 { 1e-12 } else { 1e-9 };
+        assert_metrics_agree(&format!("{what}, update {step}"), a, b, tolerance);
+    }
+    // sums in another order, divided by AdamW's root of small second moments
+    for (x, y) in a.adapter.iter().zip(&b.adapter) {
+        assert!((x - y).abs() < 1e-7, "{what}: adapter {x} {y}");
+    }
+}
+
+fn assert_metrics_agree(what: &str, a: &Metrics, b: &Metrics, tolerance: f64) {
+    let (a, b) = (a.json(), b.json());
+    assert!(a.keys().eq(b.keys()), "{what}");
+    for ((key, x), (_, y)) in a.iter().zip(&b).filter(|((key, _), _)| *key != "tokens_per_sec") {
+        let (x, y) = (x.as_f64().expect("a number"), y.as_f64().expect("a number"));
+        assert!((x - y).abs() <= tolerance * x.abs().max(1.0), "{what}: {key} {x} {y}");
+    }
 }
 
 #[test]
-fn eight_micro_batches_of_one_are_one_of_eight() {
-    for (name, dropout) in LOSSES.into_iter().flat_map(|name| [(name, 0.0), (name, 0.3)]) {
-        let loss = loss(name);
-        let data = data(&loss);
-        let (apart, a) = updates(&loss, &data, 1, dropout);
-        let (together, b) = updates(&loss, &data, 1000, dropout);
-        for (apart, together) in apart.iter().zip(&together) {
-            let pairs = apart.json().into_iter().zip(together.json());
-            for ((key, x), (_, y)) in pairs.filter(|((key, _), _)| key != "tokens_per_sec") {
-                let (x, y) = (x.as_f64().expect("a number"), y.as_f64().expect("a number"));
-                assert!((x - y).abs() <= 1e-9 * x.abs().max(1.0), "{name}, dropout {dropout}: {key} {x} {y}");
+fn neither_micro_batches_nor_shared_prompts_change_an_update() {
+    for (name, loss) in losses() {
+        let alone = train(&loss, Plan { share_prompts: false, ..plan(8, 1) }, 0.0);
+        for share_prompts in [true, false] {
+            for budget in [1, 13, 1000] {
+                let other = train(&loss, Plan { share_prompts, ..plan(8, budget) }, 0.0);
+                assert_same(&format!("{name}, {budget} rows, shared {share_prompts}"), &alone, &other);
             }
-        }
-        // four updates in f64: sums in another order, divided by AdamW's root of small second moments
-        for (x, y) in a.iter().zip(&b) {
-            assert!((x - y).abs() < 1e-7, "{name}, dropout {dropout}: {x} {y}");
         }
     }
 }
 
 #[test]
-fn orpo_with_prompts_is_the_same_in_any_micro_batch_too() {
-    let loss = Loss::Orpo(Orpo { nll: crate::loss::Nll::PromptAndCompletion, ..Orpo::default() });
+fn dropout_goes_with_the_example_into_any_micro_batch() {
+    for (name, loss) in losses() {
+        let train = |budget| train(&loss, Plan { share_prompts: false, ..plan(8, budget) }, 0.3);
+        assert_same(name, &train(1), &train(1000));
+    }
+}
+
+#[test]
+fn the_kl_of_kto_is_that_of_each_mismatched_completion_by_itself() {
+    let (loss, model) = (loss("kto"), model(0.0));
     let data = data(&loss);
-    let ((_, a), (_, b)) = (updates(&loss, &data, 1, 0.0), updates(&loss, &data, 1000, 0.0));
-    assert!(a.iter().zip(&b).all(|(x, y)| (x - y).abs() < 1e-7));
+    let items: Vec<_> = (0..data.len()).map(|index| super::batch::Item::example(&data, index)).collect();
+    let kl = |share_prompts, budget| {
+        let layout = super::batch::Layout::new(&loss, share_prompts);
+        super::trainer::mismatched_kl(&model, &items, layout, budget).expect("computed")
+    };
+    let expected = kl(false, 1);
+    assert!(expected > 0.0, "{expected}");
+    for (share_prompts, budget) in [(true, 1), (true, 13), (true, 1000), (false, 1000)] {
+        assert!((kl(share_prompts, budget) / expected - 1.0).abs() < 1e-12);
+    }
 }
 
 #[test]
@@ -124,7 +175,7 @@ fn swapping_the_sides_negates_the_margin() {
     let margin = |data: &Dataset| {
         let loss = loss("dpo");
         let trainer = Trainer::new(model(0.0), loss.clone(), data, plan(4, 100)).expect("a trainer");
-        let mut evaluation = Evaluation::new(data, &loss, 100);
+        let mut evaluation = Evaluation::new(data, &loss, true, 100);
         let metrics = trainer.evaluate(&mut evaluation, &|_| ()).expect("measured");
         (metrics.get("rewards/margins").expect("pairs"), metrics.get("rewards/accuracies").expect("pairs"))
     };
@@ -136,19 +187,20 @@ fn swapping_the_sides_negates_the_margin() {
 }
 
 #[test]
-fn held_out_metrics_do_not_depend_on_the_budget_and_every_loss_has_them_for_pairs() {
-    for name in LOSSES {
-        let (loss, data) = (loss(name), Dataset::of(&ROWS));
-        let measure = |budget| {
+fn held_out_metrics_do_not_depend_on_the_rows_and_every_loss_has_them_for_pairs() {
+    for (name, loss) in losses() {
+        let data = Dataset::of(&ROWS);
+        let measure = |share_prompts, budget| {
             let training = self::data(&loss);
             let trainer = Trainer::new(model(0.0), loss.clone(), &training, plan(4, 100)).expect("a trainer");
-            trainer.evaluate(&mut Evaluation::new(&data, &loss, budget), &|_| ()).expect("measured")
+            let mut evaluation = Evaluation::new(&data, &loss, share_prompts, budget);
+            trainer.evaluate(&mut evaluation, &|_| ()).expect("measured")
         };
-        let (small, large) = (measure(1), measure(1000));
-        assert!(small.get("logps/accuracies").is_some() && small.get("loss").is_some_and(f64::is_finite), "{name}");
-        for ((key, x), (_, y)) in small.json().into_iter().zip(large.json()) {
-            let (x, y) = (x.as_f64().expect("a number"), y.as_f64().expect("a number"));
-            assert!((x - y).abs() <= 1e-10 * x.abs().max(1.0), "{name}: {key} {x} {y}");
+        let alone = measure(false, 1);
+        assert!(alone.get("logps/accuracies").is_some() && alone.get("loss").is_some_and(f64::is_finite), "{name}");
+        for (share_prompts, budget) in [(true, 1), (true, 13), (true, 1000), (false, 1000)] {
+            let what = format!("{name}, {budget} rows, shared {share_prompts}");
+            assert_metrics_agree(&what, &alone, &measure(share_prompts, budget), 1e-12);
         }
     }
 }
@@ -165,9 +217,9 @@ fn kto_needs_no_second_row() {
 #[test]
 fn every_epoch_sees_every_row_once_and_the_last_update_of_it_is_smaller() {
     let (loss, data) = (loss("dpo"), Dataset::of(&ROWS));
-    let mut trainer = Trainer::new(model(0.0), loss, &data, plan(4, 100)).expect("a trainer");
+    let mut trainer = Trainer::new(model(0.0), loss, &data, plan(5, 100)).expect("a trainer");
     let epochs: Vec<f64> = (0..4).map(|_| trainer.update().expect("updated").get("epoch").expect("there")).collect();
-    assert!((epochs[0] - 4.0 / 6.0).abs() < 1e-12);
+    assert!((epochs[0] - 5.0 / 8.0).abs() < 1e-12);
     assert_eq!(epochs[1], 1.0);
     assert_eq!(epochs[3], 2.0);
 }

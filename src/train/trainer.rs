@@ -14,7 +14,7 @@ use super::reference::Reference;
 use crate::adapter::Gradients;
 use crate::data::Dataset;
 use crate::loss::{Loss, Scored, Sequence, Slopes, Update};
-use crate::model::packed::{Packed, PromptSpan};
+use crate::model::packed::Packed;
 use crate::model::{Adapter, Forward, Keep, Model};
 use crate::ops::dropout;
 
@@ -29,6 +29,8 @@ pub struct Plan {
     pub batch_size: usize,
     /// Rows of tokens computed at once.
     pub micro_batch_tokens: usize,
+    /// Whether completions of one prompt share its rows; not with dropout, where they would share a mask too.
+    pub share_prompts: bool,
     /// The highest learning rate.
     pub learning_rate: f64,
     /// How it goes on after the warm-up.
@@ -188,10 +190,6 @@ impl<'d> Trainer<'d> {
         evaluation.measure(&self.model, &self.loss, self.step, advance)
     }
 
-    fn layout(&self) -> Layout {
-        layout(&self.loss, self.model.adapters().dropout())
-    }
-
     /// The examples of update number `step` (from 0), and the epoch that is reached with it.
     fn examples(&mut self, step: usize) -> (Vec<usize>, f64) {
         let size = |order: &[u32]| order.len().div_ceil(self.plan.batch_size);
@@ -219,10 +217,10 @@ impl<'d> Trainer<'d> {
         let started = Instant::now();
         let step = self.step + 1;
         let (examples, epoch) = self.examples(self.step);
-        let layout = self.layout();
+        let layout = Layout::new(&self.loss, self.plan.share_prompts);
         let items: Vec<_> = examples.iter().map(|&index| Item::example(self.data, index)).collect();
         let budget = self.plan.micro_batch_tokens;
-        let kl = if self.loss.needs_kl() { mismatched_kl(&self.model, &items, budget)? } else { 0.0 };
+        let kl = if self.loss.needs_kl() { mismatched_kl(&self.model, &items, layout, budget)? } else { 0.0 };
         let update = Update { examples: items.len(), nll_tokens: nll_tokens(&items, &self.loss), kl };
         let first = self.step == 0 && self.model.adapters().is_zero()?;
 
@@ -330,11 +328,6 @@ impl<'d> Trainer<'d> {
     }
 }
 
-pub(super) fn layout(loss: &Loss, dropout: f64) -> Layout {
-    let prompt_span = if loss.scores_prompt() { PromptSpan::Yes } else { PromptSpan::No };
-    Layout { share_prompts: dropout == 0.0, prompt_span }
-}
-
 /// What each of `examples` examples was scored to, from the sums of its spans.
 pub(super) fn assemble(
     examples: usize,
@@ -354,15 +347,18 @@ pub(super) fn assemble(
     scored
 }
 
-/// The slope of each scored row: that of the sequence it belongs to.
+/// The slope of each scored row: that of the sequence it belongs to, summed over the examples that name it.
 fn row_slopes(packed: &Packed, parts: &[(usize, Part)], slopes: &[Slopes]) -> Vec<f64> {
-    let slope = |&(i, part): &(usize, Part)| match part {
-        Part::Prompt => slopes[i].prompt,
-        Part::Chosen => slopes[i].chosen,
-        Part::Rejected => slopes[i].rejected,
-    };
-    let spans = packed.spans.iter().zip(parts);
-    spans.flat_map(|(span, part)| std::iter::repeat_n(slope(part), span.len())).collect()
+    let mut rows = vec![0.0; packed.targets.len()];
+    for (span, &(i, part)) in packed.spans.iter().zip(parts) {
+        let slope = match part {
+            Part::Prompt => slopes[i].prompt,
+            Part::Chosen => slopes[i].chosen,
+            Part::Rejected => slopes[i].rejected,
+        };
+        rows[span.clone()].iter_mut().for_each(|row| *row += slope);
+    }
+    rows
 }
 
 /// Tokens that a negative log-likelihood is averaged over: of the chosen completions, and of their prompts if the loss
@@ -375,8 +371,12 @@ pub(super) fn nll_tokens(items: &[Item<'_>], loss: &Loss) -> usize {
 /// KTO's estimate of `KL(policy ‖ reference)`: the mean of `log π/π_ref` over completions after prompts they do not
 /// belong to, at least zero. Each completion of the update stands after the prompt of the next example that has another
 /// one; where there is none, nothing can be mismatched and the estimate is zero.
-pub(super) fn mismatched_kl(model: &Model, items: &[Item<'_>], budget: usize) -> candle_core::Result<f64> {
-    let layout = Layout { share_prompts: true, prompt_span: PromptSpan::No };
+pub(super) fn mismatched_kl(
+    model: &Model,
+    items: &[Item<'_>],
+    layout: Layout,
+    budget: usize,
+) -> candle_core::Result<f64> {
     let mut mismatched = Vec::with_capacity(items.len());
     for (i, item) in items.iter().enumerate() {
         let before = (1..items.len()).map(|back| &items[(i + items.len() - back) % items.len()]);

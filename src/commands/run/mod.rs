@@ -61,7 +61,7 @@ impl<'p> Training<'p> {
         let plan = run.resolved.plan.clone();
         // nothing is kept for a backward pass, so there is room for more rows
         let eval_budget = 4 * plan.micro_batch_tokens;
-        let evaluation = eval.as_ref().map(|eval| Evaluation::new(eval, loss, eval_budget));
+        let evaluation = eval.as_ref().map(|eval| Evaluation::new(eval, loss, plan.share_prompts, eval_budget));
         let (trainer, log, seconds_before, saved_step) = match &prepared.resumed {
             None => {
                 let trainer = Trainer::new(model.clone(), loss.clone(), train, plan).map_err(TrainError::from);
