@@ -21,12 +21,14 @@
 
 pub mod adapter;
 pub mod allocator;
+pub mod bytes;
 pub mod cli;
 pub mod commands;
 pub mod data;
 pub mod files;
 pub mod interrupt;
 pub mod loss;
+pub mod machine;
 pub mod model;
 pub mod ops;
 pub mod progress;

@@ -248,10 +248,11 @@ impl<'a> Shape<'a> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn decoder(d: usize, layers: usize, heads: usize, kv: usize, f: usize, v: usize) -> DecoderConfig {
+    /// A model of these sizes: hidden, layers, heads, key/value heads, intermediate, vocabulary.
+    pub(crate) fn decoder(d: usize, layers: usize, heads: usize, kv: usize, f: usize, v: usize) -> DecoderConfig {
         DecoderConfig {
             hidden_size: d,
             intermediate_size: f,
@@ -267,6 +268,11 @@ mod tests {
             attention_bias: false,
             mlp_bias: false,
         }
+    }
+
+    /// Adapters of rank 16 on everything.
+    pub(crate) fn rank_16(decoder: &DecoderConfig) -> Shape<'_> {
+        Shape::new(decoder, 16, &vec![true; decoder.modules().len()])
     }
 
     /// KiB a token over all layers, without adapters: two norms' scales and the log-sum-exp come on top of `2D + 2Q + 2K
@@ -294,7 +300,7 @@ mod tests {
     #[test]
     fn what_is_not_kept_costs_operations_and_no_level_is_for_nothing() {
         let decoder = decoder(576, 30, 9, 3, 1536, 49152);
-        let shape = Shape::new(&decoder, 16, &[true; 210]);
+        let shape = rank_16(&decoder);
         for pair in Saved::LEVELS.windows(2) {
             assert!(shape.bytes_per_row(3, pair[0]) > shape.bytes_per_row(3, pair[1]));
             let flops = |saved| shape.recomputed_flops(3, saved, 1, 300.0);
@@ -319,7 +325,7 @@ mod tests {
     #[test]
     fn keeping_less_never_takes_more() {
         let decoder = decoder(576, 30, 9, 3, 1536, 49152);
-        let shape = Shape::new(&decoder, 16, &[true; 210]);
+        let shape = rank_16(&decoder);
         let rows = Rows { all: 2048, scored: 1700 };
         let mut saved = vec![Saved::All; 30];
         let mut before = shape.training(&saved, rows).total();

@@ -4,6 +4,7 @@
 
 mod decoder;
 pub mod family;
+pub mod flops;
 pub mod generate;
 pub mod memory;
 pub mod packed;
