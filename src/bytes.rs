@@ -34,6 +34,10 @@ impl Bytes {
         Self(bytes.div_ceil(1 << 20).max(1) << 20)
     }
 
+    fn unit(self) -> Option<(&'static str, u64)> {
+        UNITS[..3].iter().copied().find(|(_, unit)| (self.0 as u64).is_multiple_of(*unit))
+    }
+
     fn parse(text: &str) -> Option<Self> {
         let (number, unit) = UNITS.iter().find_map(|(name, unit)| Some((text.strip_suffix(name)?, *unit)))?;
         let number: f64 = number.trim_end().parse().ok()?;
@@ -56,17 +60,20 @@ pub fn shown(bytes: usize) -> String {
     }
 }
 
+/// As a recipe has it: exactly, in the largest unit that divides it.
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&shown(self.0))
+        match self.unit() {
+            Some((name, unit)) => write!(f, "{}{name}", self.0 as u64 / unit),
+            None => write!(f, "{}", self.0),
+        }
     }
 }
 
 impl Serialize for Bytes {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let exact = UNITS[..3].iter().find(|(_, unit)| (self.0 as u64).is_multiple_of(*unit));
-        match exact {
-            Some((name, unit)) => serializer.collect_str(&format_args!("{}{name}", self.0 as u64 / unit)),
+        match self.unit() {
+            Some(_) => serializer.collect_str(self),
             None => serializer.serialize_u64(self.0 as u64),
         }
     }

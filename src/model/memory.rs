@@ -3,6 +3,8 @@
 //! The formulas follow `decoder.rs` tensor by tensor; whoever changes what a layer keeps changes them too. Elements are
 //! f32. `T` rows, and the decoder's own letters: `D` hidden, `F` intermediate, `Q = H·E`, `K` key/value columns.
 
+use serde::Serialize;
+
 use super::{DecoderConfig, Projection};
 use crate::ops::cpu::completion_logps;
 
@@ -10,7 +12,8 @@ use crate::ops::cpu::completion_logps;
 const F32: usize = 4;
 
 /// What a layer keeps from its forward pass for its backward pass, most to least. The rest is computed again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Saved {
     /// Its input, q, k, v, attention's output with its log-sum-exp, the residual stream after attention, gate, up, the
     /// norms' scales, and `x Aᵀ` of each adapted projection.
@@ -44,9 +47,9 @@ pub type Ranks = [usize; 7];
 
 /// A decoder with its adapters, as far as their sizes go.
 #[derive(Debug, Clone)]
-pub struct Shape<'a> {
+pub struct Shape {
     /// The base.
-    pub decoder: &'a DecoderConfig,
+    pub decoder: DecoderConfig,
     /// Adapters, layer by layer.
     pub ranks: Vec<Ranks>,
 }
@@ -93,17 +96,17 @@ struct Parts {
     gate_up: usize,
 }
 
-impl<'a> Shape<'a> {
+impl Shape {
     /// A decoder with adapters of `rank` on those of its modules that are `adapted`, in the order of
     /// [`DecoderConfig::modules`].
     #[must_use]
-    pub fn new(decoder: &'a DecoderConfig, rank: usize, adapted: &[bool]) -> Self {
+    pub fn new(decoder: &DecoderConfig, rank: usize, adapted: &[bool]) -> Self {
         let layer = |adapted: &[bool]| {
             let mut ranks = [0; 7];
             ranks.iter_mut().zip(adapted).for_each(|(r, &adapted)| *r = if adapted { rank } else { 0 });
             ranks
         };
-        Self { decoder, ranks: adapted.chunks(Projection::ALL.len()).map(layer).collect() }
+        Self { decoder: decoder.clone(), ranks: adapted.chunks(Projection::ALL.len()).map(layer).collect() }
     }
 
     /// The lowest layer with an adapter: those below it keep nothing and have no backward pass.
@@ -174,10 +177,10 @@ impl<'a> Shape<'a> {
         F32 * elements
     }
 
-    /// Operations that a layer does again for a batch because it did not keep everything. `pairs` are those of a query
+    /// Operations that a layer does again for some rows because it did not keep everything. `pairs` are those of a query
     /// and a key that it sees.
     #[must_use]
-    pub fn recomputed_flops(&self, layer: usize, saved: Saved, rows: usize, pairs: f64) -> f64 {
+    pub fn recomputed_flops(&self, layer: usize, saved: Saved, rows: f64, pairs: f64) -> f64 {
         if layer < self.lowest_adapted() {
             return 0.0;
         }
@@ -186,7 +189,7 @@ impl<'a> Shape<'a> {
                 let (outputs, inputs) = self.decoder.shape(p);
                 2 * (outputs * inputs + self.ranks[layer][p as usize] * (outputs + inputs))
             };
-            (rows * of.iter().map(|&p| one(p)).sum::<usize>()) as f64
+            rows * of.iter().map(|&p| one(p)).sum::<usize>() as f64
         };
         let mut flops = 0.0;
         if saved >= Saved::WithoutGateUp {
@@ -271,7 +274,7 @@ pub(crate) mod tests {
     }
 
     /// Adapters of rank 16 on everything.
-    pub(crate) fn rank_16(decoder: &DecoderConfig) -> Shape<'_> {
+    pub(crate) fn rank_16(decoder: &DecoderConfig) -> Shape {
         Shape::new(decoder, 16, &vec![true; decoder.modules().len()])
     }
 
@@ -286,7 +289,7 @@ pub(crate) mod tests {
         ] {
             let layers = shape.num_hidden_layers;
             let extra = layers * (shape.num_attention_heads + 2) * F32;
-            let rank_zero = Shape { decoder: &shape, ranks: vec![[0, 0, 0, 0, 0, 0, 1]; layers] };
+            let rank_zero = Shape { decoder: shape.clone(), ranks: vec![[0, 0, 0, 0, 0, 0, 1]; layers] };
             let kib = |saved, extra: usize| {
                 let bytes: usize = (0..layers).map(|layer| rank_zero.bytes_per_row(layer, saved)).sum();
                 (bytes - extra) as f64 / 1024.0
@@ -303,12 +306,12 @@ pub(crate) mod tests {
         let shape = rank_16(&decoder);
         for pair in Saved::LEVELS.windows(2) {
             assert!(shape.bytes_per_row(3, pair[0]) > shape.bytes_per_row(3, pair[1]));
-            let flops = |saved| shape.recomputed_flops(3, saved, 1, 300.0);
+            let flops = |saved| shape.recomputed_flops(3, saved, 1.0, 300.0);
             assert!(flops(pair[0]) < flops(pair[1]));
         }
         // gate and up: 4 D F, and 2 R (D + F) each for the adapters
         let gate_up = 4.0 * 576.0 * 1536.0 + 2.0 * 2.0 * 16.0 * (576.0 + 1536.0);
-        assert_eq!(shape.recomputed_flops(3, Saved::WithoutGateUp, 1, 300.0), gate_up);
+        assert_eq!(shape.recomputed_flops(3, Saved::WithoutGateUp, 1.0, 300.0), gate_up);
     }
 
     #[test]

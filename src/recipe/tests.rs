@@ -3,6 +3,7 @@ use std::path::Path;
 use miette::{GraphicalReportHandler, GraphicalTheme};
 
 use super::*;
+use crate::data::Dataset;
 use crate::loss::Loss;
 use crate::train::Warmup;
 
@@ -113,13 +114,30 @@ fn set_takes_the_place_of_what_it_contradicts() {
     assert_eq!(parsed.recipe.loss.beta(), Some(0.3));
 }
 
+/// A hundred examples an epoch and a tiny model.
+fn resolve(parsed: &Parsed, free: Option<usize>) -> Result<Resolved, RecipeError> {
+    let decoder = crate::model::family::read_config(Path::new("tests/fixtures/golden/gqa")).expect("a model");
+    let lora = parsed.recipe.adapter.lora();
+    let train = Dataset::of(&[(&[1, 2, 3], &[4, 5], &[6, 7, 8])]);
+    Resolved::new(
+        parsed,
+        &Inputs {
+            out: Path::new("/runs/a"),
+            epoch_examples: 100,
+            decoder: &decoder,
+            lora: &lora,
+            adapted: &[true; 14],
+            train: &train,
+            eval: None,
+            free,
+        },
+    )
+}
+
 #[test]
 fn the_resolved_recipe_is_a_recipe_that_says_the_same() {
     let parsed = read(GOOD, &["train.warmup=3", "train.steps=40"]).expect("read");
-    let decoder = crate::model::family::read_config(Path::new("tests/fixtures/golden/gqa")).expect("a model");
-    let lora = parsed.recipe.adapter.lora();
-    let inputs = Inputs { out: Path::new("/runs/a"), epoch_examples: 100, decoder: &decoder, lora: &lora };
-    let resolved = Resolved::new(&parsed, &inputs).expect("resolved");
+    let resolved = resolve(&parsed, None).expect("resolved");
     assert_eq!((resolved.plan.steps, resolved.plan.warmup), (40, 3));
     let text = resolved.toml(&parsed).expect("written");
     assert!(text.contains("# --set: 3 of 40 updates"), "{text}");
@@ -132,10 +150,7 @@ fn the_resolved_recipe_is_a_recipe_that_says_the_same() {
 #[test]
 fn a_warm_up_longer_than_the_run_is_refused() {
     let parsed = read(GOOD, &["train.warmup=30", "train.steps=10"]).expect("read");
-    let decoder = crate::model::family::read_config(Path::new("tests/fixtures/golden/gqa")).expect("a model");
-    let lora = parsed.recipe.adapter.lora();
-    let inputs = Inputs { out: Path::new("/runs/a"), epoch_examples: 100, decoder: &decoder, lora: &lora };
-    let error = Resolved::new(&parsed, &inputs).expect_err("refused");
+    let error = resolve(&parsed, None).expect_err("refused");
     assert!(error.to_string().contains("longer than the run of 10"), "{error}");
 }
 
@@ -148,7 +163,7 @@ fn the_page_on_recipes_has_every_key() {
         adapter = { rank = 1, alpha = 1, rslora = true, dropout = 0, targets = "all-linear", init = "i" }
         data = { train = "t", eval = "e", max_prompt_length = 1, chat_template = "c", columns = { prompt = "p" } }
         loss = { dpo = {} }
-        train = { epochs = 1, steps = 1, micro_batch_tokens = 1, share_prompts = true }
+        train = { epochs = 1, steps = 1, memory = "1GiB", micro_batch_tokens = 1, share_prompts = true }
         eval = { every = 1 }
     "#;
     let recipe: Recipe = toml::from_str(everything).expect("read");
