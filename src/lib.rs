@@ -21,6 +21,7 @@
 
 pub mod adapter;
 pub mod allocator;
+pub mod bytes;
 pub mod cli;
 pub mod commands;
 pub mod data;
@@ -28,6 +29,7 @@ pub mod files;
 mod hostile;
 pub mod interrupt;
 pub mod loss;
+pub mod machine;
 pub mod model;
 pub mod ops;
 pub mod progress;

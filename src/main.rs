@@ -14,13 +14,14 @@ fn main() -> ExitCode {
     // inside the pool: every product is then begun by one of the threads that compute it, and none has to be woken first
     let outcome = rayon::scope(|_| match &cli.command {
         Command::Run(run) => commands::run::run(run),
+        Command::Plan(plan) => commands::plan::plan(plan),
     });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             match &failure {
                 Failure::Failed(report) | Failure::Request(report) => _ = writeln!(io::stderr(), "{report:?}"),
-                Failure::Interrupted(_) => {}
+                Failure::Gate | Failure::Interrupted(_) => {}
             }
             failure.exit_code()
         }

@@ -1,5 +1,7 @@
 //! What the binary does. Each command joins stages and reads like its user story; nothing else joins them.
 
+pub mod plan;
+mod prepare;
 pub mod run;
 
 use std::process::ExitCode;
@@ -13,6 +15,8 @@ pub enum Failure {
     Failed(Report),
     /// The request was wrong: 2. Nothing was begun and nothing written.
     Request(Report),
+    /// What was asked to hold does not, and the result says so: 3.
+    Gate,
     /// Somebody asked to stop, and what there was is saved: 130 or 143.
     Interrupted(u8),
 }
@@ -24,6 +28,7 @@ impl Failure {
         match self {
             Self::Failed(_) => ExitCode::from(1),
             Self::Request(_) => ExitCode::from(2),
+            Self::Gate => ExitCode::from(3),
             Self::Interrupted(code) => ExitCode::from(*code),
         }
     }

@@ -307,6 +307,12 @@ impl Dataset {
         (self.files[file].first..end).map(|i| i as u32)
     }
 
+    /// Memory that it takes.
+    #[must_use]
+    pub fn num_bytes(&self) -> usize {
+        self.tokens.capacity() * size_of::<u32>() + self.entries.capacity() * size_of::<Entry>()
+    }
+
     /// What was left out.
     #[must_use]
     pub fn drops(&self) -> &Drops {

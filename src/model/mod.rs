@@ -5,6 +5,7 @@
 mod config;
 mod decoder;
 pub mod family;
+pub mod flops;
 pub mod generate;
 mod layer;
 pub mod memory;

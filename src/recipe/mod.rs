@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 pub use error::RecipeError;
 pub use parse::{Origin, Parsed, load, parse};
-pub use resolved::{Inputs, Resolved};
+pub use resolved::{Inputs, Memory, Resolved};
 
 use crate::adapter::AdapterConfig;
 use crate::data::DataConfig;

@@ -5,15 +5,19 @@ use std::path::Path;
 
 use super::{Origin, Parsed, Recipe, RecipeError};
 use crate::adapter::LoraConfig;
-use crate::model::{DecoderConfig, Projection};
+use crate::bytes::{self, Bytes};
+use crate::data::Dataset;
+use crate::model::DecoderConfig;
+use crate::model::memory::Shape;
 use crate::progress::thousands;
 use crate::range::{Count, Positive};
 use crate::train::Plan;
+use crate::train::memory::{Choice, Demand};
 
-/// Activations kept for the backward pass of one micro-batch, where the recipe sets no `micro_batch_tokens`.
-const ACTIVATION_BYTES: usize = 1 << 30;
-/// Fewer rows make every matrix product slow, more gain nothing.
-const ROWS: std::ops::RangeInclusive<usize> = 512..=8192;
+/// A run takes at most this share of the memory that is free, where the recipe sets none.
+const SHARE_OF_FREE: f64 = 0.75;
+/// What a run takes at most where the system does not tell what is free.
+const UNKNOWN_FREE: usize = 4 << 30;
 
 /// What the derived values depend on.
 #[derive(Debug)]
@@ -26,6 +30,14 @@ pub struct Inputs<'a> {
     pub decoder: &'a DecoderConfig,
     /// The adapter, from the recipe or from `init`.
     pub lora: &'a LoraConfig,
+    /// Which of the base's modules carry it.
+    pub adapted: &'a [bool],
+    /// The training data.
+    pub train: &'a Dataset,
+    /// The held-out data.
+    pub eval: Option<&'a Dataset>,
+    /// Free memory in bytes, where the system tells.
+    pub free: Option<usize>,
 }
 
 /// A recipe in which every value is known.
@@ -35,8 +47,69 @@ pub struct Resolved {
     pub recipe: Recipe,
     /// The run it makes.
     pub plan: Plan,
+    /// How it fits into memory.
+    pub memory: Memory,
     /// Reasons of derived values, by key.
     reasons: Vec<(&'static str, String)>,
+}
+
+/// A run's memory.
+#[derive(Debug, Clone)]
+pub struct Memory {
+    /// Bytes that it may take.
+    pub budget: usize,
+    /// What was made of them.
+    pub choice: Choice,
+    /// What they were chosen for.
+    pub demand: Demand,
+    /// What was free, where the system tells.
+    pub free: Option<usize>,
+}
+
+impl Memory {
+    /// Whether the run fits.
+    #[must_use]
+    pub fn fits(&self) -> bool {
+        self.choice.at_most.total() <= self.budget
+    }
+
+    /// Why the run does not fit, shown where its memory is given.
+    ///
+    /// # Errors
+    /// It does not.
+    pub fn check(&self, parsed: &Parsed) -> Result<(), RecipeError> {
+        if self.fits() {
+            return Ok(());
+        }
+        let needed = bytes::shown(self.choice.at_most.total());
+        let budget = bytes::shown(self.budget);
+        let problem = match (parsed.origin("train.memory"), self.free) {
+            (Origin::Recipe | Origin::Set, _) => format!("{budget} of memory are too little: the run needs {needed}"),
+            (Origin::Default, Some(free)) => {
+                format!(
+                    "the run needs {needed} of memory, more than three quarters of the {} that are free",
+                    bytes::shown(free)
+                )
+            }
+            (Origin::Default, None) => format!("the run needs {needed} of memory, and {budget} are taken to be free"),
+        };
+        let at_most = &self.choice.at_most;
+        let (rows, row) = &self.demand.longest;
+        let given = match parsed.origin("train.micro_batch_tokens") {
+            Origin::Default => "",
+            Origin::Recipe | Origin::Set => "lower micro_batch_tokens, or ",
+        };
+        let help = format!(
+            "with every layer keeping its input only, {} rows at once take {} besides {} for the base; the longest \
+             example is {row} with {}: {given}lower [data] max_length, or give the run memory = \"{}\"",
+            thousands(self.choice.micro_batch_tokens.max(*rows)),
+            bytes::shown(at_most.saved + at_most.scratch),
+            bytes::shown(at_most.base),
+            thousands(*rows),
+            Bytes::whole_mebibytes(at_most.total()),
+        );
+        Err(parsed.error("train.memory", problem, Some(help)))
+    }
 }
 
 impl Resolved {
@@ -68,14 +141,6 @@ impl Resolved {
         }
         reasons.push(("train.warmup", format!("{warmup} of {steps} updates")));
 
-        if recipe.train.micro_batch_tokens.is_none() {
-            let bytes = activation_bytes(inputs.decoder, inputs.lora.rank);
-            let rows = (ACTIVATION_BYTES / bytes).clamp(*ROWS.start(), *ROWS.end());
-            recipe.train.micro_batch_tokens = Some(Count::constant(rows));
-            let reason =
-                format!("{} bytes of activations a token, at most 1 GiB and {} rows", thousands(bytes), ROWS.end());
-            reasons.push(("train.micro_batch_tokens", reason));
-        }
         let dropout = inputs.lora.dropout;
         if let Some((key, problem, help)) = recipe.sharing_under(dropout) {
             return Err(parsed.error(key, problem, Some(help)));
@@ -85,6 +150,26 @@ impl Resolved {
             let reason = format!("with dropout {dropout} each completion of a prompt needs a mask of its own on it");
             reasons.push(("train.share_prompts", reason));
         }
+        let shape = Shape::new(inputs.decoder, inputs.lora.rank, inputs.adapted);
+        let demand = Demand::of(shape, inputs.train, inputs.eval, &recipe.loss, share_prompts, batch_size);
+        let share = |free: usize| (free as f64 * SHARE_OF_FREE) as usize;
+        let default_budget = inputs.free.map_or(UNKNOWN_FREE, share);
+        let budget = recipe.train.memory.map_or(default_budget, Bytes::get);
+        let choice = demand.choose(budget, recipe.train.micro_batch_tokens.map(Count::get));
+        let needed = choice.at_most.total();
+        if recipe.train.memory.is_none() {
+            recipe.train.memory = Some(Bytes::whole_mebibytes(needed));
+            let rows = thousands(choice.micro_batch_tokens);
+            let free = inputs.free.map_or(String::new(), |free| format!("; {} are free", bytes::shown(free)));
+            reasons.push(("train.memory", format!("what {rows} tokens at once need{free}")));
+        } else {
+            reasons.push(("train.memory", format!("{} of it are needed", bytes::shown(needed))));
+        }
+        if recipe.train.micro_batch_tokens.is_none() {
+            recipe.train.micro_batch_tokens = Some(Count::constant(choice.micro_batch_tokens));
+        }
+        reasons.push(("train.micro_batch_tokens", choice.describe_saved()));
+        let memory = Memory { budget, choice, demand, free: inputs.free };
         if recipe.run.checkpoint_every.is_none() {
             recipe.run.checkpoint_every = Some(Count::constant((steps / 10).max(50)));
             reasons.push(("run.checkpoint_every", "a tenth of the run, at least 50".to_owned()));
@@ -112,7 +197,9 @@ impl Resolved {
             steps,
             warmup,
             batch_size,
-            micro_batch_tokens: train.micro_batch_tokens.map_or(*ROWS.end(), Count::get),
+            micro_batch_tokens: memory.choice.micro_batch_tokens,
+            scoring_tokens: memory.choice.scoring_tokens,
+            saved: memory.choice.saved.clone(),
             share_prompts,
             learning_rate: train.learning_rate.get(),
             schedule: train.schedule,
@@ -121,7 +208,7 @@ impl Resolved {
             shuffle: train.shuffle,
             seed: train.seed,
         };
-        Ok(Self { recipe, plan, reasons })
+        Ok(Self { recipe, plan, memory, reasons })
     }
 
     /// The recipe as TOML, each value with where it came from.
@@ -155,16 +242,4 @@ impl Resolved {
         }
         Ok(text)
     }
-}
-
-/// Bytes that one row of tokens leaves behind for the backward pass, over all layers, in f32.
-fn activation_bytes(decoder: &DecoderConfig, rank: usize) -> usize {
-    let outputs = |projection| decoder.shape(projection).0;
-    let kept: usize = [Projection::Query, Projection::Key, Projection::Value, Projection::Gate, Projection::Up]
-        .map(outputs)
-        .iter()
-        .sum();
-    // x, the attention's output, the middle, and A x of seven projections
-    let row = kept + 2 * decoder.hidden_size + outputs(Projection::Query) + Projection::ALL.len() * rank;
-    4 * row * decoder.num_hidden_layers
 }

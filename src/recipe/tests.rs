@@ -3,6 +3,7 @@ use std::path::Path;
 use miette::{GraphicalReportHandler, GraphicalTheme};
 
 use super::*;
+use crate::data::Dataset;
 use crate::loss::Loss;
 use crate::train::Warmup;
 
@@ -113,10 +114,30 @@ fn set_takes_the_place_of_what_it_contradicts() {
     assert_eq!(parsed.recipe.loss.beta(), Some(0.3));
 }
 
+/// A hundred examples an epoch and a tiny model; `dropout` may come from `init`.
+fn resolve(parsed: &Parsed, free: Option<usize>, dropout: f64) -> Result<Resolved, RecipeError> {
+    let decoder = crate::model::family::read_config(Path::new("tests/fixtures/golden/gqa")).expect("a model");
+    let lora = crate::adapter::LoraConfig { dropout, ..parsed.recipe.adapter.lora() };
+    let train = Dataset::of(&[(&[1, 2, 3], &[4, 5], &[6, 7, 8])]);
+    Resolved::new(
+        parsed,
+        &Inputs {
+            out: Path::new("/runs/a"),
+            epoch_examples: 100,
+            decoder: &decoder,
+            lora: &lora,
+            adapted: &[true; 14],
+            train: &train,
+            eval: None,
+            free,
+        },
+    )
+}
+
 #[test]
 fn the_resolved_recipe_is_a_recipe_that_says_the_same() {
-    let (parsed, resolved) = resolve(&["train.warmup=3", "train.steps=40"], 0.0);
-    let resolved = resolved.expect("resolved");
+    let parsed = read(GOOD, &["train.warmup=3", "train.steps=40"]).expect("read");
+    let resolved = resolve(&parsed, None, 0.0).expect("resolved");
     assert_eq!((resolved.plan.steps, resolved.plan.warmup), (40, 3));
     let text = resolved.toml(&parsed).expect("written");
     assert!(text.contains("# --set: 3 of 40 updates"), "{text}");
@@ -126,32 +147,25 @@ fn the_resolved_recipe_is_a_recipe_that_says_the_same() {
     insta::assert_snapshot!(text);
 }
 
-/// The recipe of a model of the fixtures, with an adapter of this dropout, which may come from `init`.
-fn resolve(overrides: &[&str], dropout: f64) -> (Parsed, Result<Resolved, RecipeError>) {
-    let parsed = read(GOOD, overrides).expect("read");
-    let decoder = crate::model::family::read_config(Path::new("tests/fixtures/golden/gqa")).expect("a model");
-    let lora = crate::adapter::LoraConfig { dropout, ..parsed.recipe.adapter.lora() };
-    let inputs = Inputs { out: Path::new("/runs/a"), epoch_examples: 100, decoder: &decoder, lora: &lora };
-    let resolved = Resolved::new(&parsed, &inputs);
-    (parsed, resolved)
-}
-
 #[test]
 fn a_warm_up_longer_than_the_run_is_refused() {
-    let error = resolve(&["train.warmup=30", "train.steps=10"], 0.0).1.expect_err("refused");
+    let parsed = read(GOOD, &["train.warmup=30", "train.steps=10"]).expect("read");
+    let error = resolve(&parsed, None, 0.0).expect_err("refused");
     assert!(error.to_string().contains("longer than the run of 10"), "{error}");
 }
 
 #[test]
 fn prompts_are_shared_unless_there_is_dropout_and_why_not_is_said() {
-    let resolved = resolve(&[], 0.0).1.expect("resolved");
+    let parsed = read(GOOD, &[]).expect("read");
+    let resolved = resolve(&parsed, None, 0.0).expect("resolved");
     assert_eq!((resolved.plan.share_prompts, resolved.recipe.train.share_prompts), (true, Some(true)));
-    let (parsed, resolved) = resolve(&[], 0.05);
+    let resolved = resolve(&parsed, None, 0.05);
     let resolved = resolved.expect("resolved");
     assert!(!resolved.plan.share_prompts);
     let text = resolved.toml(&parsed).expect("written");
     assert!(text.contains("# default: with dropout 0.05 each completion"), "{text}");
-    let error = resolve(&["train.share_prompts=true"], 0.05).1.expect_err("refused");
+    let parsed = read(GOOD, &["train.share_prompts=true"]).expect("read");
+    let error = resolve(&parsed, None, 0.05).expect_err("refused");
     assert!(error.to_string().contains("prompts cannot be shared under dropout"), "{error}");
 }
 
@@ -164,7 +178,7 @@ fn the_page_on_recipes_has_every_key() {
         adapter = { rank = 1, alpha = 1, rslora = true, dropout = 0, targets = "all-linear", init = "i" }
         data = { train = "t", eval = "e", max_prompt_length = 1, chat_template = "c", columns = { prompt = "p" } }
         loss = { dpo = {} }
-        train = { epochs = 1, steps = 1, micro_batch_tokens = 1, share_prompts = true }
+        train = { epochs = 1, steps = 1, memory = "1GiB", micro_batch_tokens = 1, share_prompts = true }
         eval = { every = 1 }
     "#;
     let recipe: Recipe = toml::from_str(everything).expect("read");

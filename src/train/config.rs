@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Schedule, Warmup};
+use crate::bytes::Bytes;
 use crate::range::{Count, NonNegative, Positive};
 
 /// The `[train]` table of a recipe.
@@ -17,8 +18,12 @@ pub struct TrainConfig {
     pub steps: Option<Count>,
     /// Pairs (or rows) an update.
     pub batch_size: Count,
+    /// The most memory that the run may take. What does not fit is not kept but computed again, which changes speed, not
+    /// the result. Default: what full speed needs, if three quarters of the free memory hold it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Bytes>,
     /// Rows of tokens computed at once; an update larger than that is done in several micro-batches, with the same
-    /// result. Default: what fits a fixed share of memory.
+    /// result. Default: as many as `memory` holds and speed needs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub micro_batch_tokens: Option<Count>,
     /// Whether completions of one prompt share its rows. Default: unless there is dropout, where each completion has its
@@ -47,6 +52,7 @@ impl Default for TrainConfig {
             epochs: None,
             steps: None,
             batch_size: Count::constant(32),
+            memory: None,
             micro_batch_tokens: None,
             share_prompts: None,
             learning_rate: Positive::constant(1e-5),

@@ -6,6 +6,7 @@ mod batch;
 pub mod checkpoint;
 mod config;
 mod evaluate;
+pub mod memory;
 mod metrics;
 pub mod optimizer;
 mod packing;

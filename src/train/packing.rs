@@ -117,6 +117,8 @@ mod tests {
             warmup: 0,
             batch_size,
             micro_batch_tokens,
+            scoring_tokens: micro_batch_tokens,
+            saved: Vec::new(),
             share_prompts,
             learning_rate: 1e-3,
             schedule: Schedule::Constant,

@@ -7,6 +7,7 @@ use super::*;
 use crate::adapter::{self, LoraConfig, Targets};
 use crate::data::Dataset;
 use crate::loss::{Loss, Orpo};
+use crate::model::memory::Saved;
 use crate::model::{Model, WeightFiles, family};
 use crate::progress::Console;
 
@@ -78,6 +79,8 @@ fn plan(batch_size: usize, micro_batch_tokens: usize) -> Plan {
         warmup: 0,
         batch_size,
         micro_batch_tokens,
+        scoring_tokens: micro_batch_tokens,
+        saved: vec![Saved::All; 2],
         share_prompts: true,
         learning_rate: 1e-2,
         schedule: Schedule::Constant,

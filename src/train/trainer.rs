@@ -14,6 +14,7 @@ use super::reference::{self, Reference};
 use crate::adapter::Gradients;
 use crate::data::Dataset;
 use crate::loss::{Loss, Scored, Sequence, Slopes, Update};
+use crate::model::memory::Saved;
 use crate::model::packed::{Packed, PromptSpan};
 use crate::model::{Adapter, Forward, Keep, Model};
 use crate::ops::dropout;
@@ -29,6 +30,10 @@ pub struct Plan {
     pub batch_size: usize,
     /// Rows of tokens computed at once.
     pub micro_batch_tokens: usize,
+    /// The same where nothing is kept for a backward pass.
+    pub scoring_tokens: usize,
+    /// What each layer keeps for the backward pass.
+    pub saved: Vec<Saved>,
     /// Whether completions of one prompt share its rows; not with dropout, where they would share a mask too.
     pub share_prompts: bool,
     /// The highest learning rate.
@@ -283,15 +288,17 @@ impl<'d> Trainer<'d> {
         let mut tally = Tally::default();
         let (mut at_start, mut tokens) = (Vec::new(), 0);
         let dropout_key = dropout::key(self.plan.seed, self.step as u64);
-        let saved = vec![crate::model::memory::Saved::All; self.model.decoder().config().num_hidden_layers];
         for batch in layout.micro_batches(&items, budget) {
             let examples: Vec<usize> = batch.iter().map(|&i| examples[i]).collect();
             let items: Vec<Item<'_>> = batch.iter().map(|&i| items[i]).collect();
             let (packed, parts) = (layout.pack(&items), layout.parts(&items));
             tokens += packed.tokens;
             let references = self.references(&packed, &parts, &examples)?;
-            let Forward { scores, activations } =
-                self.model.forward(&packed, Adapter::On, Keep::Activations { dropout_key, saved: &saved })?;
+            let Forward { scores, activations } = self.model.forward(
+                &packed,
+                Adapter::On,
+                Keep::Activations { dropout_key, saved: &self.plan.saved },
+            )?;
             let sums: Vec<Sums> = packed.spans.iter().map(|span| Sums::of(&scores[span.clone()])).collect();
             let scored = assemble(items.len(), &parts, &sums, &references);
             let evaluated = self.loss.evaluate(&scored, &update)?;

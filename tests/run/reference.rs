@@ -114,7 +114,8 @@ fn a_broken_or_wrong_cache_is_said_and_replaced() {
     assert_eq!(place.adapter("broken"), place.adapter("first"));
 
     // another base whose cache is given the first one's numbers
-    for name in ["model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"] {
+    for name in ["model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"]
+    {
         place.write(&format!("base/{name}"), fs::read(model.join(name)).expect("there"));
     }
     let config = place.read("base/config.json").replace("\"rms_norm_eps\": 1e-05", "\"rms_norm_eps\": 0.5");

@@ -62,9 +62,8 @@ impl<'p> Training<'p> {
     fn begin(prepared: &'p Prepared, console: &'p Console, interrupt: &'p Interrupt) -> Result<Self, Failure> {
         let Prepared { run, model, loss, train, eval, .. } = prepared;
         let plan = run.resolved.plan.clone();
-        // nothing is kept for a backward pass, so there is room for more rows
-        let eval_budget = 4 * plan.micro_batch_tokens;
-        let evaluation = eval.as_ref().map(|eval| Evaluation::new(eval, loss, plan.share_prompts, eval_budget));
+        let budget = plan.scoring_tokens;
+        let evaluation = eval.as_ref().map(|eval| Evaluation::new(eval, loss, plan.share_prompts, budget));
         let (trainer, log, seconds_before, saved_step) = match &prepared.resumed {
             None => {
                 let trainer = Trainer::new(model.clone(), loss.clone(), train, plan).map_err(TrainError::from);

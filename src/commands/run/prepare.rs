@@ -9,15 +9,17 @@ use jiff::Zoned;
 use miette::{Diagnostic, miette};
 use thiserror::Error;
 
+use super::super::prepare::Setup;
 use super::super::{Failure, failed, request};
 use crate::adapter::{self, AdapterConfig, Adapters, LoraConfig, peft};
+use crate::bytes;
 use crate::cli;
-use crate::data::{self, Codec, Dataset, Wanted};
+use crate::data::{Codec, Dataset};
 use crate::files;
 use crate::loss::Loss;
-use crate::model::{Model, ModelError, WeightFiles, family};
+use crate::model::{Model, WeightFiles};
 use crate::progress::{Console, short, thousands};
-use crate::recipe::{self, Inputs, Parsed, Resolved};
+use crate::recipe::{self, Parsed, Resolved};
 use crate::run_folder::RunFolder;
 use crate::train::Progress;
 use crate::train::checkpoint::{self, Fingerprints, State};
@@ -41,6 +43,8 @@ pub(super) struct Prepared {
     /// What PEFT's files call the base.
     pub(super) base_name: String,
     pub(super) fingerprints: Fingerprints,
+    /// In bytes, at the worst moment.
+    pub(super) expected_memory: usize,
     /// The checkpoint to go on from.
     pub(super) resumed: Option<(State, Progress)>,
 }
@@ -61,9 +65,6 @@ enum RequestError {
         run.display()
     ))]
     RecipeChanged { key: String, was: String, is: String, run: PathBuf },
-    #[error("{what} has token {id}, and the model's vocabulary ends at {}", vocabulary - 1)]
-    #[diagnostic(help("tokenizer.json and config.json in {} do not belong together", model.display()))]
-    TokenOutside { what: &'static str, id: u32, vocabulary: usize, model: PathBuf },
 }
 
 pub(super) fn prepare(arguments: &cli::Run, console: &Console) -> Result<Prepared, Failure> {
@@ -75,7 +76,10 @@ pub(super) fn prepare(arguments: &cli::Run, console: &Console) -> Result<Prepare
         (Some(run), None) => run.resolved_recipe(),
         (None, None) => return Err(request(RequestError::NoRecipe)),
     };
-    let parsed = recipe::load(&path, &arguments.overrides, &working_directory).map_err(request)?;
+    let mut parsed = recipe::load(&path, &arguments.overrides, &working_directory).map_err(request)?;
+    if let Some(folder) = &resumed {
+        keep_memory(&mut parsed, folder)?;
+    }
     console.fact("recipe", path.display());
     let out = match &resumed {
         Some(run) => absolute(run.path(), &working_directory),
@@ -88,53 +92,13 @@ pub(super) fn prepare(arguments: &cli::Run, console: &Console) -> Result<Prepare
         }
     };
 
+    let setup = Setup::read(parsed, console)?;
+    let resolved = setup.resolve(&out)?;
+    resolved.memory.check(&setup.parsed).map_err(request)?;
+    let expected_memory = setup.forecast(&resolved).inventory.total();
+    let Setup { parsed, decoder: decoder_config, modules, lora, codec, train, eval, .. } = setup;
     let recipe = &parsed.recipe;
-    let source = &recipe.model.source;
-    crate::model::check_folder(source).map_err(|e| in_recipe(e, &parsed))?;
-    let decoder_config = family::read_config(source).map_err(request)?;
-    let modules = decoder_config.modules();
-    // before any data is read: names that match nothing are a matter of the recipe
-    let lora = lora_config(&recipe.adapter)?;
-    lora.targets.select(&modules).map_err(request)?;
-
-    let codec = Codec::open(source, recipe.data.chat_template.as_deref()).map_err(request)?;
-    if codec.depends_on_date() {
-        console.warning(
-            "the chat template writes today's date: tomorrow the same recipe gives other tokens, and this run cannot be \
-             resumed; [data] chat_template names another template",
-        );
-    }
-    let loss = recipe.loss.clone();
-    let load = |sources, keep_pairs| {
-        let wanted = Wanted { examples: loss.examples(), keep_pairs };
-        data::load(sources, &recipe.data, &codec, wanted, console).map_err(request)
-    };
-    let train = load(&recipe.data.train, false)?;
-    tell_data(console, "train", &train);
-    let eval = match &recipe.data.eval {
-        Some(eval) => {
-            let eval = load(eval, true)?;
-            tell_data(console, "held out", &eval);
-            Some(eval)
-        }
-        None => None,
-    };
-    let outside = |what, dataset: &Dataset| {
-        let id = dataset.facts().largest_id;
-        let vocabulary = decoder_config.vocab_size;
-        let error = || RequestError::TokenOutside { what, id, vocabulary, model: source.clone() };
-        if (id as usize) < vocabulary { Ok(()) } else { Err(request(error())) }
-    };
-    outside("the training data", &train)?;
-    eval.as_ref().map_or(Ok(()), |eval| outside("the held-out data", eval))?;
-
-    let inputs = Inputs {
-        out: &out,
-        epoch_examples: train.epoch(0, recipe.train.seed, recipe.train.shuffle).len(),
-        decoder: &decoder_config,
-        lora: &lora,
-    };
-    let resolved = Resolved::new(&parsed, &inputs).map_err(request)?;
+    let (source, loss) = (&recipe.model.source, recipe.loss.clone());
     let parameters = decoder_config.num_parameters();
     let decoder = Model::load_decoder(source, console).map_err(request)?;
     console.fact("model", format_args!("{} parameters, {}", short(parameters), source.display()));
@@ -193,11 +157,16 @@ pub(super) fn prepare(arguments: &cli::Run, console: &Console) -> Result<Prepare
             if plan.share_prompts { "" } else { ", prompts not shared" },
         ),
     );
+    let memory = &resolved.memory;
+    console.fact(
+        "memory",
+        format_args!("{} expected; {}", bytes::shown(expected_memory), memory.choice.describe_saved()),
+    );
     console.fact("run", folder.shown());
     let base_name = source.display().to_string();
     let model = Model::new(decoder, adapters);
     let run = Run { folder, resolved };
-    Ok(Prepared { run, model, loss, codec, train, eval, base_name, fingerprints, resumed })
+    Ok(Prepared { run, model, loss, codec, train, eval, base_name, fingerprints, expected_memory, resumed })
 }
 
 /// The folder to go on in, if that was asked for.
@@ -223,20 +192,13 @@ fn absolute(path: &Path, working_directory: &Path) -> PathBuf {
     working_directory.join(path)
 }
 
-/// A model folder that is not there is a mistake in the recipe.
-fn in_recipe(error: ModelError, parsed: &Parsed) -> Failure {
-    match error {
-        ModelError::NoFolder(folder, help) => {
-            request(parsed.error("model.source", format!("there is no folder {}", folder.display()), Some(help)))
-        }
-        other => request(other),
-    }
-}
-
-fn lora_config(config: &AdapterConfig) -> Result<LoraConfig, Failure> {
-    let Some(init) = &config.init else { return Ok(config.lora()) };
-    let brought = peft::load_config(init).map_err(request)?;
-    Ok(LoraConfig { dropout: config.dropout.map_or(brought.dropout, |dropout| dropout.get()), ..brought })
+/// What the machine has free may be another amount than when the run was begun; it goes on with what it had.
+fn keep_memory(parsed: &mut Parsed, folder: &RunFolder) -> Result<(), Failure> {
+    let then = recipe::load(&folder.resolved_recipe(), &[], folder.path()).map_err(request)?.recipe.train;
+    let now = &mut parsed.recipe.train;
+    now.memory = now.memory.or(then.memory);
+    now.micro_batch_tokens = now.micro_batch_tokens.or(then.micro_batch_tokens);
+    Ok(())
 }
 
 fn new_adapters(
@@ -297,13 +259,4 @@ fn difference(prefix: &str, was: &toml::Value, is: &toml::Value) -> Option<(Stri
             }
         }
     })
-}
-
-fn tell_data(console: &Console, name: &str, dataset: &Dataset) {
-    console.fact(name, dataset.facts());
-    let drops = dataset.drops();
-    if drops.total() > 0 {
-        let first = drops.listed().first().map_or("", |drop| &drop.origin);
-        console.fact("", format_args!("left out: {drops} (the first is {first}; summary.json lists them)"));
-    }
 }

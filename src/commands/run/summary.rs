@@ -9,6 +9,7 @@ use super::prepare::Prepared;
 use super::reference::Report;
 use crate::adapter::peft;
 use crate::data::Dataset;
+use crate::machine;
 use crate::progress::{Console, duration};
 use crate::run_folder::RunFolder;
 use crate::train::{Metrics, Trainer};
@@ -24,7 +25,7 @@ pub(super) struct Summary<'s> {
 
 impl Summary<'_> {
     pub(super) fn json(&self) -> Value {
-        let Prepared { run, loss, train, eval, fingerprints, base_name, model, .. } = self.prepared;
+        let Prepared { run, loss, train, eval, fingerprints, base_name, model, expected_memory, .. } = self.prepared;
         let adapters = self.trainer.model().adapters();
         let adapter = peft::tensor_bytes(adapters).map(|bytes| blake3::hash(&bytes).to_string()).ok();
         let metrics = |metrics: Option<&Metrics>| metrics.map(Metrics::json);
@@ -39,7 +40,8 @@ impl Summary<'_> {
             "num_tokens": self.trainer.num_tokens(),
             "seconds": self.seconds,
             "reference": self.reference.map(Report::json),
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": machine::peak_memory(),
+            "expected_memory_bytes": expected_memory,
             "parameters": { "base": model.decoder().config().num_parameters(), "trainable": adapters.num_parameters() },
             "data": { "train": rows(train), "eval": eval.as_ref().map(rows) },
             "hashes": { "base": fingerprints.base, "train": fingerprints.data, "adapter": adapter },
@@ -111,12 +113,4 @@ pub(super) fn read_before(run: &RunFolder) -> Option<Metrics> {
         }
     }
     Some(metrics)
-}
-
-/// The most memory this process had at once, where the system says so.
-fn peak_memory_bytes() -> Option<u64> {
-    let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
 }

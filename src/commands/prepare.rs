@@ -1,0 +1,151 @@
+//! What a recipe names, read and checked: configuration, tokenizer and data, but no weight. What is wrong here is a wrong
+//! request.
+
+use std::path::{Path, PathBuf};
+
+use miette::Diagnostic;
+use thiserror::Error;
+
+use super::{Failure, request};
+use crate::adapter::{AdapterConfig, LoraConfig, peft};
+use crate::data::{self, Codec, Dataset, Wanted};
+use crate::machine;
+use crate::model::memory::Rows;
+use crate::model::{DecoderConfig, ModelError, Module, family};
+use crate::progress::Console;
+use crate::recipe::{Inputs, Parsed, Resolved};
+use crate::train::memory::Inventory;
+use crate::train::{PackingFacts, Plan};
+
+/// A recipe and what it names.
+#[derive(Debug)]
+pub(super) struct Setup {
+    pub(super) parsed: Parsed,
+    pub(super) decoder: DecoderConfig,
+    pub(super) modules: Vec<Module>,
+    pub(super) lora: LoraConfig,
+    /// Which of the modules carry an adapter.
+    pub(super) adapted: Vec<bool>,
+    pub(super) codec: Codec,
+    pub(super) train: Dataset,
+    pub(super) eval: Option<Dataset>,
+}
+
+#[derive(Debug, Error, Diagnostic)]
+#[error("{what} has token {id}, and the model's vocabulary ends at {}", vocabulary - 1)]
+#[diagnostic(help("tokenizer.json and config.json in {} do not belong together", model.display()))]
+struct TokenOutside {
+    what: &'static str,
+    id: u32,
+    vocabulary: usize,
+    model: PathBuf,
+}
+
+impl Setup {
+    pub(super) fn read(parsed: Parsed, console: &Console) -> Result<Self, Failure> {
+        let recipe = &parsed.recipe;
+        let source = &recipe.model.source;
+        crate::model::check_folder(source).map_err(|e| in_recipe(e, &parsed))?;
+        let decoder = family::read_config(source).map_err(request)?;
+        let modules = decoder.modules();
+        // before any data is read: names that match nothing are a matter of the recipe
+        let lora = lora_config(&recipe.adapter)?;
+        let adapted = lora.targets.select(&modules).map_err(request)?;
+
+        let codec = Codec::open(source, recipe.data.chat_template.as_deref()).map_err(request)?;
+        if codec.depends_on_date() {
+            console.warning(
+                "the chat template writes today's date: tomorrow the same recipe gives other tokens, and this run cannot \
+                 be resumed; [data] chat_template names another template",
+            );
+        }
+        let load = |sources, keep_pairs| {
+            let wanted = Wanted { examples: recipe.loss.examples(), keep_pairs };
+            data::load(sources, &recipe.data, &codec, wanted, console).map_err(request)
+        };
+        let train = load(&recipe.data.train, false)?;
+        tell_data(console, "train", &train);
+        let eval = match &recipe.data.eval {
+            Some(eval) => {
+                let eval = load(eval, true)?;
+                tell_data(console, "held out", &eval);
+                Some(eval)
+            }
+            None => None,
+        };
+        let outside = |what, dataset: &Dataset| {
+            let (id, vocabulary) = (dataset.facts().largest_id, decoder.vocab_size);
+            let error = || TokenOutside { what, id, vocabulary, model: source.clone() };
+            if (id as usize) < vocabulary { Ok(()) } else { Err(request(error())) }
+        };
+        outside("the training data", &train)?;
+        eval.as_ref().map_or(Ok(()), |eval| outside("the held-out data", eval))?;
+        Ok(Self { decoder, modules, lora, adapted, codec, train, eval, parsed })
+    }
+
+    /// The recipe with every value, for a run into the folder `out`.
+    pub(super) fn resolve(&self, out: &Path) -> Result<Resolved, Failure> {
+        let Self { parsed, decoder, lora, adapted, train, eval, .. } = self;
+        let config = &parsed.recipe.train;
+        let inputs = Inputs {
+            out,
+            epoch_examples: train.epoch(0, config.seed, config.shuffle).len(),
+            decoder,
+            lora,
+            adapted,
+            train,
+            eval: eval.as_ref(),
+            free: machine::available_memory(),
+        };
+        Resolved::new(parsed, &inputs).map_err(request)
+    }
+
+    /// The data as the run will pack it, and the memory that this takes.
+    pub(super) fn forecast(&self, resolved: &Resolved) -> Forecast {
+        let (loss, plan) = (&self.parsed.recipe.loss, &resolved.plan);
+        let train = PackingFacts::of(&self.train, loss, plan);
+        let eval = self.eval.as_ref().map(|eval| {
+            // it counts as one update, and nothing is kept of it
+            let (batch_size, micro_batch_tokens) = (eval.len(), plan.scoring_tokens);
+            PackingFacts::of(eval, loss, &Plan { batch_size, micro_batch_tokens, shuffle: false, ..plan.clone() })
+        });
+        let rows = Rows { all: train.largest_rows, scored: train.largest_scored_rows };
+        let scoring_rows = eval.as_ref().map_or(0, |eval| eval.largest_rows);
+        let inventory = resolved.memory.demand.inventory(&plan.saved, rows, scoring_rows);
+        Forecast { train, eval, inventory }
+    }
+}
+
+/// What is known of a run before it.
+#[derive(Debug)]
+pub(super) struct Forecast {
+    pub(super) train: PackingFacts,
+    /// Of the held-out data, as one update.
+    pub(super) eval: Option<PackingFacts>,
+    pub(super) inventory: Inventory,
+}
+
+/// A model folder that is not there is a mistake in the recipe.
+fn in_recipe(error: ModelError, parsed: &Parsed) -> Failure {
+    match error {
+        ModelError::NoFolder(folder, help) => {
+            request(parsed.error("model.source", format!("there is no folder {}", folder.display()), Some(help)))
+        }
+        other => request(other),
+    }
+}
+
+fn lora_config(config: &AdapterConfig) -> Result<LoraConfig, Failure> {
+    let Some(init) = &config.init else { return Ok(config.lora()) };
+    let brought = peft::load_config(init).map_err(request)?;
+    Ok(LoraConfig { dropout: config.dropout.map_or(brought.dropout, |dropout| dropout.get()), ..brought })
+}
+
+fn tell_data(console: &Console, name: &str, dataset: &Dataset) {
+    console.fact(name, dataset.facts());
+    let drops = dataset.drops();
+    if drops.total() > 0 {
+        let first = drops.listed().first().map_or("", |drop| &drop.origin);
+        console.fact("", format_args!("left out: {drops} (the first is {first}; summary.json lists them)"));
+    }
+}
