@@ -15,6 +15,9 @@ pub fn keep_freed_memory() {
             libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 30);
             libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
             libc::mallopt(libc::M_TOP_PAD, 64 << 20);
+            // one heap for all threads: those of other threads are made of pieces of 64 MiB, which hold few large tensors
+            // each and go back to the system when they are empty
+            libc::mallopt(libc::M_ARENA_MAX, 1);
         }
     }
 }

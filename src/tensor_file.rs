@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
@@ -12,6 +13,9 @@ use rayon::prelude::*;
 use safetensors::tensor::{Dtype, Metadata};
 use safetensors::{SafeTensorError, SafeTensors};
 use thiserror::Error;
+
+/// Bytes of a file that are held in memory at once while it is read.
+const PIECE: usize = 16 << 20;
 
 /// What can be wrong with a tensor file.
 #[derive(Debug, Error, Diagnostic)]
@@ -82,7 +86,36 @@ impl TensorFile {
 
     /// The file's bytes, in pieces of a size that a progress bar can show.
     pub fn chunks(&self) -> impl Iterator<Item = &[u8]> {
-        self.map.chunks(16 << 20)
+        self.map.chunks(PIECE).enumerate().inspect(|(i, _)| self.release(0..i * PIECE)).map(|(_, piece)| piece)
+    }
+
+    /// Numbers of `N` bytes each.
+    fn convert<const N: usize>(&self, bytes: Range<usize>, number: impl Fn([u8; N]) -> f32 + Sync) -> Vec<f32> {
+        let mut converted = Vec::with_capacity(bytes.len() / N);
+        for start in bytes.clone().step_by(PIECE) {
+            let piece = start..(start + PIECE).min(bytes.end);
+            let (numbers, _) = self.map[piece.clone()].as_chunks::<N>();
+            converted.par_extend(numbers.par_iter().with_min_len(1 << 16).map(|&bytes| number(bytes)));
+            self.release(piece);
+        }
+        converted
+    }
+
+    /// Gives the memory of bytes that were read back to the system, which reads them from the file again if need be.
+    /// Otherwise the process would hold the whole file besides the tensors made of it.
+    fn release(&self, bytes: Range<usize>) {
+        #[cfg(unix)]
+        {
+            use memmap2::UncheckedAdvice::DontNeed;
+            // SAFETY: the map is of a file and read only, so that pages dropped are the same when they come again.
+            #[expect(
+                unsafe_code,
+                reason = "for maps that can be written to, this advice would lose what was written"
+            )]
+            let advised = unsafe { self.map.unchecked_advise_range(DontNeed, bytes.start, bytes.len()) };
+            // it is only advice
+            let _ = advised;
+        }
     }
 
     /// Names of all tensors, sorted.
@@ -124,12 +157,12 @@ impl TensorFile {
         }
         let (start, end) = info.data_offsets;
         // the header check has bound the offsets by the length of the map
-        let bytes = &self.map[self.data_start + start..self.data_start + end];
+        let bytes = self.data_start + start..self.data_start + end;
         let values: Vec<f32> = match info.dtype {
-            Dtype::F32 => convert(bytes, |b: [u8; 4]| f32::from_le_bytes(b)),
-            Dtype::F16 => convert(bytes, |b: [u8; 2]| half::f16::from_le_bytes(b).to_f32()),
-            Dtype::BF16 => convert(bytes, |b: [u8; 2]| half::bf16::from_le_bytes(b).to_f32()),
-            Dtype::F64 => convert(bytes, |b: [u8; 8]| f64::from_le_bytes(b) as f32),
+            Dtype::F32 => self.convert(bytes, |b: [u8; 4]| f32::from_le_bytes(b)),
+            Dtype::F16 => self.convert(bytes, |b: [u8; 2]| half::f16::from_le_bytes(b).to_f32()),
+            Dtype::BF16 => self.convert(bytes, |b: [u8; 2]| half::bf16::from_le_bytes(b).to_f32()),
+            Dtype::F64 => self.convert(bytes, |b: [u8; 8]| f64::from_le_bytes(b) as f32),
             other => {
                 let help = "weights are read from F32, F16, BF16 and F64; load the original, not a quantized copy";
                 return Err(error(format!("tensor `{name}` holds {other:?}"), Some(help)));
@@ -138,11 +171,6 @@ impl TensorFile {
         let tensor = Tensor::from_vec(values, shape, &Device::Cpu).and_then(|t| t.to_dtype(dtype));
         tensor.map_err(|e| error(format!("tensor `{name}`: {e}"), None))
     }
-}
-
-fn convert<const N: usize>(bytes: &[u8], number: impl Fn([u8; N]) -> f32 + Sync) -> Vec<f32> {
-    let (numbers, _) = bytes.as_chunks::<N>();
-    numbers.par_iter().with_min_len(1 << 16).map(|&bytes| number(bytes)).collect()
 }
 
 const LFS_HELP: &str = "run `git lfs pull` in that folder, or fetch the file from the hub";

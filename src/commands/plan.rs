@@ -294,7 +294,6 @@ impl<'a> Report<'a> {
                 "saved" => memory.choice.describe_saved(),
                 "scratch" => "one layer at work".to_owned(),
                 "data" => "token ids".to_owned(),
-                "program" => "with its tokenizer".to_owned(),
                 _ => String::new(),
             };
             table.row(name, bytes::shown(bytes), note);

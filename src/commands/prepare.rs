@@ -85,7 +85,7 @@ impl Setup {
 
     /// The recipe with every value, for a run into the folder `out`.
     pub(super) fn resolve(&self, out: &Path) -> Result<Resolved, Failure> {
-        let Self { parsed, decoder, lora, adapted, train, eval, .. } = self;
+        let Self { parsed, decoder, lora, adapted, codec, train, eval, .. } = self;
         let config = &parsed.recipe.train;
         let inputs = Inputs {
             out,
@@ -95,6 +95,7 @@ impl Setup {
             adapted,
             train,
             eval: eval.as_ref(),
+            tokenizer: codec.num_bytes(),
             free: machine::available_memory(),
         };
         Resolved::new(parsed, &inputs).map_err(request)

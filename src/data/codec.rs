@@ -43,6 +43,8 @@ pub struct Codec {
     /// The template was given, and takes the place of the model's own.
     overridden: bool,
     files: Vec<PathBuf>,
+    /// Length of tokenizer.json.
+    length: usize,
 }
 
 impl Codec {
@@ -58,6 +60,7 @@ impl Codec {
             return Err(DataError::file(&file, "does not exist beside tokenizer.model").help(help));
         }
         let text = read_text(&file)?;
+        let length = text.len();
         let mut tokenizer = unpanicked(|| Tokenizer::from_bytes(text)).map_err(|e| {
             DataError::file(&file, format!("is no valid tokenizer: {e}")).help("fetch the file again")
         })?;
@@ -117,6 +120,7 @@ impl Codec {
         }
         let files = FILES.iter().map(|name| path(name)).filter(|path| path.is_file()).collect();
         Ok(Self {
+            length,
             tokenizer,
             prefix,
             eos,
@@ -178,6 +182,13 @@ impl Codec {
             Some(template) if self.overridden => files::write(&folder.join(TEMPLATE), template.source().as_bytes()),
             _ => Ok(()),
         }
+    }
+
+    /// About the memory that the tokenizer takes: its tables are so many times as large as its file, by measurement.
+    #[must_use]
+    pub fn num_bytes(&self) -> usize {
+        const TABLES: usize = 6;
+        TABLES * self.length
     }
 
     /// The token that ends an answer.

@@ -216,6 +216,8 @@ impl Shape {
     ///   the output, normed input);
     /// - backward, in its attention: `kept(l − 1)`, layer `l` without its MLP, gradients of q, k, v and of attention's
     ///   output, and three of `[T, D]`.
+    ///
+    /// To which comes room for two of `[T, F]` that stays unused between tensors of different sizes (measured).
     #[must_use]
     pub fn training(&self, saved: &[Saved], rows: Rows) -> Footprint {
         let (d, q) = (self.decoder.hidden_size, self.outputs(Projection::Query));
@@ -237,7 +239,8 @@ impl Shape {
             }
             kept += self.kept(layer, saved[layer], rows);
         }
-        Footprint { saved: all_kept, scratch: peak - all_kept.min(peak) }
+        let unused = 2 * F32 * rows.all * f;
+        Footprint { saved: all_kept, scratch: peak + unused - all_kept }
     }
 
     /// The most that a forward pass that keeps nothing holds at once: the reference, an evaluation.

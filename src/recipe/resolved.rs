@@ -36,6 +36,8 @@ pub struct Inputs<'a> {
     pub train: &'a Dataset,
     /// The held-out data.
     pub eval: Option<&'a Dataset>,
+    /// Bytes of the tokenizer.
+    pub tokenizer: usize,
     /// Free memory in bytes, where the system tells.
     pub free: Option<usize>,
 }
@@ -151,7 +153,8 @@ impl Resolved {
             reasons.push(("train.share_prompts", reason));
         }
         let shape = Shape::new(inputs.decoder, inputs.lora.rank, inputs.adapted);
-        let demand = Demand::of(shape, inputs.train, inputs.eval, &recipe.loss, share_prompts, batch_size);
+        let (train, eval, tokenizer) = (inputs.train, inputs.eval, inputs.tokenizer);
+        let demand = Demand::of(shape, train, eval, &recipe.loss, share_prompts, batch_size, tokenizer);
         let share = |free: usize| (free as f64 * SHARE_OF_FREE) as usize;
         let default_budget = inputs.free.map_or(UNKNOWN_FREE, share);
         let budget = recipe.train.memory.map_or(default_budget, Bytes::get);

@@ -129,6 +129,7 @@ fn resolve(parsed: &Parsed, free: Option<usize>, dropout: f64) -> Result<Resolve
             adapted: &[true; 14],
             train: &train,
             eval: None,
+            tokenizer: 1 << 20,
             free,
         },
     )

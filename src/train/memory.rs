@@ -6,8 +6,9 @@ use crate::loss::Loss;
 use crate::model::flops::Load;
 use crate::model::memory::{Rows, Saved, Shape};
 
-/// The program, its libraries' tables, a tokenizer and small change. Measured: see `docs/performance.md`.
-const PROGRAM: usize = 40 << 20;
+/// The program, its threads' stacks and small change: 14 MiB of code that is in use, and what a run of the quickstart takes
+/// beyond its tensors.
+const PROGRAM: usize = 24 << 20;
 /// Bytes of an element.
 const F32: usize = 4;
 /// Choices of rows computed at once, where the recipe makes none. More than the last gain nothing.
@@ -54,16 +55,18 @@ pub struct Inventory {
     pub scratch: usize,
     /// Token ids.
     pub data: usize,
-    /// The program itself, with its tokenizer.
+    /// The tokenizer's tables.
+    pub tokenizer: usize,
+    /// The program itself.
     pub program: usize,
 }
 
 impl Inventory {
-    /// What neither rows nor levels change; `data` is bytes of token ids.
-    fn fixed(shape: &Shape, data: usize) -> Self {
+    /// What neither rows nor levels change; `data` and `tokenizer` are their bytes.
+    fn fixed(shape: &Shape, data: usize, tokenizer: usize) -> Self {
         let (base, adapters) = (F32 * shape.decoder.num_parameters(), F32 * shape.adapter_parameters());
         let (gradients, optimizer) = (adapters, 2 * adapters);
-        Self { base, adapters, gradients, optimizer, saved: 0, scratch: 0, data, program: PROGRAM }
+        Self { base, adapters, gradients, optimizer, saved: 0, scratch: 0, data, tokenizer, program: PROGRAM }
     }
 
     /// All of it.
@@ -74,8 +77,8 @@ impl Inventory {
 
     /// Its parts by name.
     #[must_use]
-    pub fn parts(&self) -> [(&'static str, usize); 8] {
-        let Self { base, adapters, gradients, optimizer, saved, scratch, data, program } = *self;
+    pub fn parts(&self) -> [(&'static str, usize); 9] {
+        let Self { base, adapters, gradients, optimizer, saved, scratch, data, tokenizer, program } = *self;
         [
             ("base", base),
             ("adapters", adapters),
@@ -84,6 +87,7 @@ impl Inventory {
             ("saved", saved),
             ("scratch", scratch),
             ("data", data),
+            ("tokenizer", tokenizer),
             ("program", program),
         ]
     }
@@ -105,7 +109,7 @@ pub struct Choice {
 }
 
 impl Demand {
-    /// Measures the data, as a run will lay it out.
+    /// Measures the data, as a run will lay it out. `tokenizer` is the memory of that.
     #[must_use]
     pub fn of(
         shape: Shape,
@@ -114,6 +118,7 @@ impl Demand {
         loss: &Loss,
         share_prompts: bool,
         batch_size: usize,
+        tokenizer: usize,
     ) -> Self {
         let layout = Layout::new(loss, share_prompts);
         let rows_of = |data: &Dataset| -> Vec<usize> {
@@ -132,7 +137,7 @@ impl Demand {
         let longest = rows.iter().enumerate().max_by_key(|(_, rows)| **rows);
         let longest = longest.map_or((0, String::new()), |(index, &rows)| (rows, train.origin(index)));
         rows.sort_unstable_by_key(|rows| std::cmp::Reverse(*rows));
-        let fixed = Inventory::fixed(&shape, train.num_bytes() + eval.map_or(0, Dataset::num_bytes));
+        let fixed = Inventory::fixed(&shape, train.num_bytes() + eval.map_or(0, Dataset::num_bytes), tokenizer);
         Self {
             shape,
             load,
@@ -283,7 +288,7 @@ mod tests {
     fn demand(decoder: &crate::model::DecoderConfig) -> Demand {
         let shape = rank_16(decoder);
         Demand {
-            fixed: Inventory::fixed(&shape, MIB),
+            fixed: Inventory::fixed(&shape, MIB, MIB),
             shape,
             load: Load { rows: 695.0, scored: 576.0, pairs: 160_000.0, skipped: 121.0 },
             longest: (1800, "pairs.jsonl row 7".into()),
