@@ -262,10 +262,12 @@ fn a_reference_computed_beforehand_is_that_of_the_update() {
     let sides: Vec<_> =
         rows.iter().flat_map(|(p, c, r)| [(&p[..], &c[..], &[][..]), (&p[..], &[][..], &r[..])]).collect();
     let model = fresh();
+    let plan_of_four = Plan { saved: vec![crate::model::memory::Saved::All; 4], ..plan(16, 300) };
     for (name, rows) in [("dpo", &pairs), ("ipo", &pairs), ("kto", &sides)] {
         let data = Dataset::of(rows);
         let computed = |budget| {
-            let mut trainer = Trainer::new(model.clone(), loss(name), &data, plan(16, 300)).expect("a trainer");
+            let mut trainer =
+                Trainer::new(model.clone(), loss(name), &data, plan_of_four.clone()).expect("a trainer");
             let needed = trainer.needed_references();
             trainer.compute_references(&needed, budget).expect("computed");
             trainer
