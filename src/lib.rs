@@ -26,6 +26,7 @@ pub mod cli;
 pub mod commands;
 pub mod data;
 pub mod files;
+mod hostile;
 pub mod interrupt;
 pub mod loss;
 pub mod machine;

@@ -8,9 +8,9 @@ use tokenizers::{AddedToken, Tokenizer};
 use super::DataError;
 use super::dataset::DropReason;
 use super::format::{Bad, Message};
-use super::hostile::unpanicked;
 use super::template::Template;
 use crate::files::{self, WriteError};
+use crate::hostile::unpanicked;
 use crate::tensor_file::read_text;
 
 /// Files that belong to a tokenizer, where they exist.

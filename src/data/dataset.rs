@@ -353,11 +353,23 @@ impl Dataset {
         }
     }
 
-    /// Hash of all ids, of which of them are prompt, chosen and rejected, and of the weights: what training depends on.
+    /// Hash of the examples, and of the weights of their files: what training depends on.
     #[must_use]
     pub fn fingerprint(&self) -> blake3::Hash {
         let mut hasher = blake3::Hasher::new_derive_key("dpo-lora dataset");
-        for count in [self.tokens.len(), self.entries.len(), self.files.len()] {
+        hasher.update(self.token_hash().as_bytes());
+        for file in &self.files {
+            hasher.update(&file.weight.to_le_bytes());
+            hasher.update(&(file.first as u64).to_le_bytes());
+        }
+        hasher.finalize()
+    }
+
+    /// Hash of all ids and of which of them are prompt, chosen and rejected: what log-probs depend on.
+    #[must_use]
+    pub fn token_hash(&self) -> blake3::Hash {
+        let mut hasher = blake3::Hasher::new_derive_key("dpo-lora tokens");
+        for count in [self.tokens.len(), self.entries.len()] {
             hasher.update(&(count as u64).to_le_bytes());
         }
         let mut numbers = |numbers: &mut dyn Iterator<Item = u32>| {
@@ -369,10 +381,6 @@ impl Dataset {
         }
         for chunk in self.entries.chunks(1 << 16) {
             numbers(&mut chunk.iter().flat_map(|entry| [entry.prompt, entry.chosen, entry.rejected]));
-        }
-        for file in &self.files {
-            hasher.update(&file.weight.to_le_bytes());
-            hasher.update(&(file.first as u64).to_le_bytes());
         }
         hasher.finalize()
     }

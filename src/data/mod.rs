@@ -9,7 +9,6 @@ mod codec;
 mod dataset;
 mod encode;
 mod format;
-mod hostile;
 mod source;
 mod template;
 

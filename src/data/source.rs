@@ -13,8 +13,8 @@ use serde::ser::SerializeSeq;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value};
 
-use super::hostile::unpanicked;
 use super::{Columns, DataError};
+use crate::hostile::unpanicked;
 use crate::progress::Bar;
 use crate::suggest::did_you_mean;
 use crate::tensor_file::{describe_io, is_lfs_pointer};

@@ -3,7 +3,8 @@
 use candle_core::{Result, Tensor};
 
 use super::Model;
-use super::decoder::{Adapter, LayerCache};
+use super::decoder::Adapter;
+use super::layer::LayerCache;
 
 /// When an answer ends.
 #[derive(Debug, Clone)]

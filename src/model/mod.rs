@@ -2,10 +2,12 @@
 //!
 //! The base with its adapters off is the reference, on the same weights: nothing is loaded twice.
 
+mod config;
 mod decoder;
 pub mod family;
 pub mod flops;
 pub mod generate;
+mod layer;
 pub mod memory;
 pub mod packed;
 #[cfg(test)]
@@ -19,7 +21,8 @@ use miette::Diagnostic;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-pub use decoder::{Activations, Adapter, Decoder, DecoderConfig, Forward, Keep, Module, Projection};
+pub use config::{DecoderConfig, Module, Projection};
+pub use decoder::{Activations, Adapter, Decoder, Forward, Keep};
 pub use packed::{Packed, Packer, PromptSpan};
 pub use weights::WeightFiles;
 

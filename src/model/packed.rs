@@ -58,9 +58,9 @@ impl Packed {
             // queries are the last of a segment's own rows, so the first ones can be left out
             let first = segment.queries.clone().find(|&row| is_scored[row])?;
             let start = rows.len();
-            for row in first..segment.queries.end {
-                place[row] = rows.len() as u32;
-                rows.push(row as u32);
+            rows.extend(first as u32..segment.queries.end as u32);
+            for (place, at) in place[first..segment.queries.end].iter_mut().zip(start as u32..) {
+                *place = at;
             }
             Some(Segment { queries: start..rows.len(), ..segment.clone() })
         };
@@ -76,6 +76,8 @@ impl Packed {
 pub struct Packer {
     packed: Packed,
     groups: Vec<Vec<Segment>>,
+    /// The span of the prompt last scored.
+    prompt: Range<usize>,
 }
 
 /// Whether a prompt's own tokens are scored too.
@@ -88,20 +90,19 @@ pub enum PromptSpan {
 }
 
 impl Packer {
-    /// Adds a prompt and its branches, each scored as one span in the order given. The number of the first span.
+    /// Adds a prompt and its branches, each scored as one span in the order given.
     ///
     /// `key` names the sequence for dropout.
     ///
     /// # Panics
     /// For an empty prompt or branch: nothing would predict the first token, or nothing would be predicted. The data
     /// stage lets neither through.
-    pub fn push(&mut self, key: u64, prompt: &[u32], branches: &[&[u32]], prompt_span: PromptSpan) -> usize {
+    pub fn push(&mut self, key: u64, prompt: &[u32], branches: &[&[u32]], prompt_span: PromptSpan) {
         assert!(!prompt.is_empty(), "an empty prompt predicts nothing");
-        let first_span = self.packed.spans.len();
         let start = self.packed.ids.len();
         let mut group = vec![self.rows(key, prompt, 0..0, 0)];
         if prompt_span == PromptSpan::Yes {
-            self.span((start..start + prompt.len() - 1).zip(&prompt[1..]));
+            self.prompt = self.span((start..start + prompt.len() - 1).zip(&prompt[1..]));
         }
         let last = start + prompt.len() - 1;
         for branch in branches {
@@ -121,15 +122,11 @@ impl Packer {
             group = vec![Segment { queries: rows.clone(), prefix: 0..0, own: rows }];
         }
         self.groups.push(group);
-        first_span
     }
 
-    /// Names span number `span` once more, for another example that it belongs to; its rows are scored once.
-    ///
-    /// # Panics
-    /// Where there are not that many.
-    pub fn repeat(&mut self, span: usize) {
-        self.packed.spans.push(self.packed.spans[span].clone());
+    /// Names the span of the prompt last scored once more, for another example that has it; its rows are scored once.
+    pub fn repeat_prompt(&mut self) {
+        self.packed.spans.push(self.prompt.clone());
     }
 
     fn rows(&mut self, key: u64, ids: &[u32], prefix: Range<usize>, position: usize) -> Segment {
@@ -143,13 +140,15 @@ impl Packer {
         Segment { queries: rows.clone(), prefix, own: rows }
     }
 
-    fn span<'t>(&mut self, scored: impl Iterator<Item = (usize, &'t u32)>) {
+    fn span<'t>(&mut self, scored: impl Iterator<Item = (usize, &'t u32)>) -> Range<usize> {
         let start = self.packed.targets.len();
         for (row, &target) in scored {
             self.packed.scored_rows.push(row as u32);
             self.packed.targets.push(target);
         }
-        self.packed.spans.push(start..self.packed.targets.len());
+        let span = start..self.packed.targets.len();
+        self.packed.spans.push(span.clone());
+        span
     }
 
     /// The batch.

@@ -6,8 +6,8 @@ use std::path::Path;
 use candle_core::{DType, Device, Result, Tensor};
 use serde_json::json;
 
-use super::decoder::LayerCache;
 use super::generate::Stop;
+use super::layer::LayerCache;
 use super::memory::Saved;
 use super::*;
 use crate::adapter::{self, LoraConfig, Targets, peft};
@@ -203,7 +203,7 @@ fn layers_below_the_lowest_adapter_are_left_out_of_the_backward_pass() -> Result
     let decoder = GROUPED.decoder(DType::F64);
     let batch = pack(&pairs(&SHORT), SHARED);
     let all = adapters(&decoder, 0.0);
-    let targets = Targets::Pattern("model\\.layers\\.1\\..*".into());
+    let targets = Targets::Pattern(r"model\.layers\.1\..*".into());
     let config = LoraConfig { rank: 2, alpha: 3.0, rslora: false, dropout: 0.0, targets };
     let mut upper = adapter::new(&config, &decoder.config().modules(), 1, DType::F64, &Device::Cpu).expect("made");
     let values: Vec<Tensor> = all.tensors().skip(14).map(|(_, tensor)| tensor.clone()).collect();

@@ -7,7 +7,9 @@ use candle_core::{DType, Tensor};
 use serde_json::Value;
 
 use super::ModelError;
-use super::decoder::{Decoder, DecoderConfig, Layer, Linear, Projection};
+use super::config::{DecoderConfig, Projection};
+use super::decoder::Decoder;
+use super::layer::{Layer, Linear};
 use crate::progress::Console;
 use crate::tensor_file::{TensorFile, read_text};
 

@@ -20,7 +20,7 @@ use crate::data::DataConfig;
 use crate::loss::Loss;
 use crate::model::ModelConfig;
 use crate::range::{Count, Share};
-use crate::train::{EvalConfig, TrainConfig};
+use crate::train::{EvalConfig, ReferenceConfig, TrainConfig};
 
 /// A whole recipe.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -38,6 +38,9 @@ pub struct Recipe {
     pub data: DataConfig,
     /// How: `[loss.dpo]` and the like.
     pub loss: Loss,
+    /// What the policy is compared with.
+    #[serde(default)]
+    pub reference: ReferenceConfig,
     /// Batches and the optimizer.
     #[serde(default)]
     pub train: TrainConfig,

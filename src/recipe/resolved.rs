@@ -221,7 +221,7 @@ impl Resolved {
     pub fn toml(&self, parsed: &Parsed) -> Result<String, toml::ser::Error> {
         let mut text = String::from("# Every value of this run, and where it came from. It is a recipe itself.\n");
         let mut sections = toml::Table::try_from(&self.recipe)?;
-        for section in ["run", "model", "adapter", "data", "loss", "train", "eval"] {
+        for section in ["run", "model", "adapter", "data", "loss", "reference", "train", "eval"] {
             let Some(toml::Value::Table(mut table)) = sections.remove(section) else { continue };
             let mut path = section.to_owned();
             if section == "loss"

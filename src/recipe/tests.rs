@@ -62,7 +62,7 @@ fn mistakes_are_shown_where_they_are() {
         ("a key twice", "rank = 8", "rank = 8\nrank = 16", &[]),
         ("epochs and steps", "learning_rate = 1e-4", "epochs = 1\nsteps = 10", &[]),
         ("two contradictions", "rank = 8", "rank = 8\nalpha = 16\ninit = \"adapter\"", &[]),
-        ("shared prompts under dropout", "rank = 8", "dropout = 0.05\n[train]\nshare_prompts = true", &[]),
+        ("shared prompts under dropout", "learning_rate = 1e-4", "share_prompts = true", &["adapter.dropout=0.05"]),
         ("evaluation of nothing", "[train]", "[eval]\nevery = 10\n[train]", &[]),
         ("a prompt as long as everything", "[loss.dpo]", "max_prompt_length = 1024\n[loss.dpo]", &[]),
         ("--set of an unknown key", "", "", &["adapter.rnak=8"]),
@@ -114,10 +114,10 @@ fn set_takes_the_place_of_what_it_contradicts() {
     assert_eq!(parsed.recipe.loss.beta(), Some(0.3));
 }
 
-/// A hundred examples an epoch and a tiny model.
-fn resolve(parsed: &Parsed, free: Option<usize>) -> Result<Resolved, RecipeError> {
+/// A hundred examples an epoch and a tiny model; `dropout` may come from `init`.
+fn resolve(parsed: &Parsed, free: Option<usize>, dropout: f64) -> Result<Resolved, RecipeError> {
     let decoder = crate::model::family::read_config(Path::new("tests/fixtures/golden/gqa")).expect("a model");
-    let lora = parsed.recipe.adapter.lora();
+    let lora = crate::adapter::LoraConfig { dropout, ..parsed.recipe.adapter.lora() };
     let train = Dataset::of(&[(&[1, 2, 3], &[4, 5], &[6, 7, 8])]);
     Resolved::new(
         parsed,
@@ -138,7 +138,7 @@ fn resolve(parsed: &Parsed, free: Option<usize>) -> Result<Resolved, RecipeError
 #[test]
 fn the_resolved_recipe_is_a_recipe_that_says_the_same() {
     let parsed = read(GOOD, &["train.warmup=3", "train.steps=40"]).expect("read");
-    let resolved = resolve(&parsed, None).expect("resolved");
+    let resolved = resolve(&parsed, None, 0.0).expect("resolved");
     assert_eq!((resolved.plan.steps, resolved.plan.warmup), (40, 3));
     let text = resolved.toml(&parsed).expect("written");
     assert!(text.contains("# --set: 3 of 40 updates"), "{text}");
@@ -151,8 +151,23 @@ fn the_resolved_recipe_is_a_recipe_that_says_the_same() {
 #[test]
 fn a_warm_up_longer_than_the_run_is_refused() {
     let parsed = read(GOOD, &["train.warmup=30", "train.steps=10"]).expect("read");
-    let error = resolve(&parsed, None).expect_err("refused");
+    let error = resolve(&parsed, None, 0.0).expect_err("refused");
     assert!(error.to_string().contains("longer than the run of 10"), "{error}");
+}
+
+#[test]
+fn prompts_are_shared_unless_there_is_dropout_and_why_not_is_said() {
+    let parsed = read(GOOD, &[]).expect("read");
+    let resolved = resolve(&parsed, None, 0.0).expect("resolved");
+    assert_eq!((resolved.plan.share_prompts, resolved.recipe.train.share_prompts), (true, Some(true)));
+    let resolved = resolve(&parsed, None, 0.05);
+    let resolved = resolved.expect("resolved");
+    assert!(!resolved.plan.share_prompts);
+    let text = resolved.toml(&parsed).expect("written");
+    assert!(text.contains("# default: with dropout 0.05 each completion"), "{text}");
+    let parsed = read(GOOD, &["train.share_prompts=true"]).expect("read");
+    let error = resolve(&parsed, None, 0.05).expect_err("refused");
+    assert!(error.to_string().contains("prompts cannot be shared under dropout"), "{error}");
 }
 
 #[test]

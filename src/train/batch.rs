@@ -79,9 +79,9 @@ impl Layout {
             let Item { key, prompt, .. } = group[0];
             let sides: Vec<_> = group.iter().flat_map(Item::sides).collect();
             if self.share_prompts {
-                let first_span = packer.push(key, prompt, &sides, self.prompt_span);
+                packer.push(key, prompt, &sides, self.prompt_span);
                 if self.prompt_span == PromptSpan::Yes {
-                    group[1..].iter().for_each(|_| packer.repeat(first_span));
+                    group[1..].iter().for_each(|_| packer.repeat_prompt());
                 }
                 continue;
             }

@@ -62,17 +62,22 @@ impl<'d> Evaluation<'d> {
             Examples::Pairs | Examples::Demonstrations => self.items.len(),
         };
         let update = Update { examples, nll_tokens: nll_tokens(&self.items, loss), kl };
+        // a zero adapter adds exact zeros: the policy's scores are the reference's
+        let zero = model.adapters().is_zero()?;
         let mut tally = Tally::default();
         let (mut k2, mut tokens) = (0.0, 0);
         for (number, batch) in self.batches.iter().enumerate() {
             let items: Vec<_> = batch.iter().map(|&i| self.items[i]).collect();
             let (packed, parts) = (self.layout.pack(&items), self.layout.parts(&items));
+            let scores = model.forward(&packed, Adapter::On, Keep::Scores)?.scores;
             if self.reference.len() == number {
-                let scores = model.forward(&packed, Adapter::Off, Keep::Scores)?.scores;
-                self.reference.push(scores.iter().map(|score| score.logp).collect());
+                let reference = match zero {
+                    true => &scores,
+                    false => &model.forward(&packed, Adapter::Off, Keep::Scores)?.scores,
+                };
+                self.reference.push(reference.iter().map(|score| score.logp).collect());
             }
             let reference = &self.reference[number];
-            let scores = model.forward(&packed, Adapter::On, Keep::Scores)?.scores;
             let completions = parts.iter().zip(&packed.spans).filter(|((_, part), _)| *part != Part::Prompt);
             for token in completions.flat_map(|(_, span)| span.clone()) {
                 let log_ratio = reference[token] - scores[token].logp;

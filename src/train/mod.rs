@@ -10,7 +10,7 @@ pub mod memory;
 mod metrics;
 pub mod optimizer;
 mod packing;
-mod reference;
+pub mod reference;
 mod schedule;
 mod trainer;
 
@@ -19,7 +19,7 @@ pub use evaluate::Evaluation;
 pub use metrics::Metrics;
 pub use optimizer::AdamW;
 pub use packing::{PackingFacts, Spread};
-pub use reference::Reference;
+pub use reference::{Reference, ReferenceCache, ReferenceConfig};
 pub use schedule::{Schedule, Warmup};
 pub use trainer::{Plan, Progress, TrainError, Trainer};
 

@@ -24,10 +24,8 @@ pub struct PackingFacts {
     pub scored_rows: u64,
     /// Pairs of a query and a visible key, of one head: what attention's work is proportional to.
     pub attention_pairs: u64,
-    /// Tokens of the same epoch in padded batches, for each of [`DEVICE_BATCHES`]: both sides of `n` pairs are padded to
+    /// Tokens of the same epoch in padded batches, for each of [`Self::DEVICE_BATCHES`]: both sides of `n` pairs are padded to
     /// the longest of all of them, as TRL's collator does.
-    ///
-    /// [`DEVICE_BATCHES`]: PackingFacts::DEVICE_BATCHES
     pub padded_tokens: [u64; 4],
     /// Micro-batches of an update.
     pub micro_batches: Spread,

@@ -10,12 +10,12 @@ use super::batch::{Item, Layout, Part};
 use super::evaluate::Evaluation;
 use super::metrics::{Metrics, Sums, Tally};
 use super::optimizer::{self, AdamW};
-use super::reference::Reference;
+use super::reference::{self, Reference};
 use crate::adapter::Gradients;
 use crate::data::Dataset;
 use crate::loss::{Loss, Scored, Sequence, Slopes, Update};
 use crate::model::memory::Saved;
-use crate::model::packed::Packed;
+use crate::model::packed::{Packed, PromptSpan};
 use crate::model::{Adapter, Forward, Keep, Model};
 use crate::ops::dropout;
 
@@ -83,9 +83,14 @@ pub enum TrainError {
         module: String,
     },
     /// The policy is not the reference where it has to be.
-    #[error("the adapter is still zero, so the first loss has to be {expected:.9}, but it is {found:.9}")]
-    #[diagnostic(help("policy and reference disagree: this is a defect of dpo-lora, please report it"))]
+    #[error("the adapter is still zero, so the first {what} has to be {expected:.9}, but it is {found:.9}")]
+    #[diagnostic(help(
+        "policy and reference disagree; if a run with [reference] cache = \"off\" starts, the cache is wrong: remove it; \
+         else this is a defect of dpo-lora, please report it"
+    ))]
     Startup {
+        /// What was compared.
+        what: &'static str,
         /// The analytic value.
         expected: f64,
         /// The value computed.
@@ -175,6 +180,56 @@ impl<'d> Trainer<'d> {
         &self.reference
     }
 
+    /// The same, to take over what a cache has.
+    pub fn reference_mut(&mut self) -> &mut Reference {
+        &mut self.reference
+    }
+
+    /// Examples whose reference the rest of the run needs, in the order in which it meets them.
+    pub fn needed_references(&mut self) -> Vec<usize> {
+        let mut needed = Vec::new();
+        if !self.loss.needs_reference() {
+            return needed;
+        }
+        let mut seen = vec![false; self.data.len()];
+        for step in self.step..self.plan.steps {
+            for example in self.examples(step).0 {
+                if !std::mem::replace(&mut seen[example], true) {
+                    needed.push(example);
+                }
+            }
+            if needed.len() == seen.len() {
+                break;
+            }
+        }
+        needed
+    }
+
+    /// Whether the reference of an example is known.
+    #[must_use]
+    pub fn knows_reference(&self, example: usize) -> bool {
+        self.reference.knows(example, &self.data.get(example))
+    }
+
+    /// Computes the reference of some examples, at most `budget` rows at once, and keeps it. Returns the tokens of their
+    /// sequences.
+    ///
+    /// # Errors
+    /// See [`TrainError`].
+    pub fn compute_references(&mut self, examples: &[usize], budget: usize) -> Result<usize, TrainError> {
+        let layout = Layout { prompt_span: PromptSpan::No, ..Layout::new(&self.loss, self.plan.share_prompts) };
+        let items: Vec<_> = examples.iter().map(|&index| Item::example(self.data, index)).collect();
+        let mut tokens = 0;
+        for batch in layout.micro_batches(&items, budget) {
+            let (examples, items): (Vec<usize>, Vec<Item<'_>>) =
+                batch.iter().map(|&i| (examples[i], items[i])).unzip();
+            let (packed, parts) = (layout.pack(&items), layout.parts(&items));
+            tokens += packed.tokens;
+            self.set_references(&packed, &parts, &examples)?;
+        }
+        Ok(tokens)
+    }
+
     /// Tokens seen, prompts counted with each completion.
     #[must_use]
     pub fn num_tokens(&self) -> u64 {
@@ -261,10 +316,12 @@ impl<'d> Trainer<'d> {
             }
         }
         let loss = tally.loss(update.examples);
-        if first && let Some(expected) = self.loss.initial_value(&at_start) {
+        if first && self.reference.is_from_cache() {
+            check_start(&at_start)?;
+        } else if first && let Some(expected) = self.loss.initial_value(&at_start) {
             // a zero adapter adds exact zeros, so the two agree to the rounding of the sum over examples
             if (loss - expected).abs() > 1e-9 * expected.abs().max(1.0) {
-                return Err(TrainError::Startup { expected, found: loss });
+                return Err(TrainError::Startup { what: "loss", expected, found: loss });
             }
         }
 
@@ -315,14 +372,29 @@ impl<'d> Trainer<'d> {
         if references.iter().all(Option::is_some) {
             return Ok(references);
         }
+        self.set_references(packed, parts, examples)?;
+        Ok(known(&self.reference))
+    }
+
+    /// Computes what is not known. What is known stays: it came from another micro-batch and may differ in the last bit.
+    fn set_references(
+        &mut self,
+        packed: &Packed,
+        parts: &[(usize, Part)],
+        examples: &[usize],
+    ) -> Result<(), TrainError> {
         let scores = self.model.forward(packed, Adapter::Off, Keep::Scores)?.scores;
-        for ((&(i, part), span), reference) in parts.iter().zip(&packed.spans).zip(references) {
-            // what is known stays: it came from another micro-batch and may differ in the last bit
-            if reference.is_none() {
-                self.reference.set(examples[i], part, Sums::of(&scores[span.clone()]).logp);
+        for (&(i, part), span) in parts.iter().zip(&packed.spans) {
+            if self.reference.get(examples[i], part).is_none() {
+                let logp = Sums::of(&scores[span.clone()]).logp;
+                if !logp.is_finite() {
+                    let (row, detail) = (self.data.origin(examples[i]), format!("the base gives it {logp}"));
+                    return Err(TrainError::LossNotFinite { step: self.step + 1, row, detail });
+                }
+                self.reference.set(examples[i], part, logp);
             }
         }
-        Ok(known(&self.reference))
+        Ok(())
     }
 
     fn gradient_not_finite(&self, step: usize, gradients: &[candle_core::Tensor]) -> candle_core::Result<TrainError> {
@@ -333,6 +405,16 @@ impl<'d> Trainer<'d> {
         }
         Ok(TrainError::GradientNotFinite { step, tensor: "all of them together".into() })
     }
+}
+
+/// A zero adapter makes the policy the reference, whatever file that came from.
+fn check_start(scored: &[Scored]) -> Result<(), TrainError> {
+    for Sequence { logp, reference, .. } in scored.iter().flat_map(|s| [s.chosen, s.rejected]).flatten() {
+        if let Some(expected) = reference.filter(|&reference| !reference::agree(logp, reference)) {
+            return Err(TrainError::Startup { what: "log-prob", expected, found: logp });
+        }
+    }
+    Ok(())
 }
 
 /// What each of `examples` examples was scored to, from the sums of its spans.

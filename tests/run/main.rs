@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod plan;
+mod reference;
 mod results;
 mod resume;
 mod trl;
@@ -50,7 +51,7 @@ impl Place {
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_dpo-lora"));
         command.args(arguments).current_dir(self.folder.path()).stdin(Stdio::null());
-        command.env_remove("RUST_BACKTRACE").env("NO_COLOR", "1");
+        command.env_remove("RUST_BACKTRACE").env("NO_COLOR", "1").env("DPO_LORA_CACHE", self.path("cache"));
         command
     }
 

@@ -1,6 +1,7 @@
 //! `dpo-lora run`: from a recipe to a trained adapter, or on from a checkpoint.
 
 mod prepare;
+mod reference;
 mod summary;
 
 use std::time::Instant;
@@ -49,6 +50,8 @@ struct Training<'p> {
     evaluation: Option<Evaluation<'p>>,
     log: MetricsLog,
     before: Option<Metrics>,
+    /// Where the reference's log-probs came from, if they were known before the first update.
+    reference: Option<reference::Report>,
     started: Instant,
     /// Seconds of the run before it was resumed.
     seconds_before: f64,
@@ -86,6 +89,7 @@ impl<'p> Training<'p> {
             evaluation,
             log,
             before,
+            reference: None,
             started,
             seconds_before,
             saved_step,
@@ -93,6 +97,11 @@ impl<'p> Training<'p> {
     }
 
     fn finish(mut self) -> Result<Value, Failure> {
+        match reference::fill(self.prepared, &mut self.trainer, self.console, self.interrupt)? {
+            reference::Outcome::Done(report) => self.reference = Some(report),
+            reference::Outcome::InTheUpdate => {}
+            reference::Outcome::Interrupted(code) => return Err(self.stop(code)),
+        }
         if self.saved_step.is_none() {
             self.before = self.evaluate()?;
             if let Some(before) = &self.before {
@@ -116,6 +125,7 @@ impl<'p> Training<'p> {
             trainer: &self.trainer,
             before: self.before.as_ref(),
             after: after.as_ref(),
+            reference: self.reference.as_ref(),
             seconds: self.seconds(),
         };
         let json = summary.json();
@@ -188,11 +198,9 @@ impl<'p> Training<'p> {
     /// Saves and says how to go on.
     fn stop(&mut self, code: u8) -> Failure {
         let (step, total) = (self.trainer.step(), self.trainer.plan().steps);
-        if step == 0 {
-            self.console.line("\nstopped before the first update: there is nothing to go on from");
-            return Failure::Interrupted(code);
-        }
-        if let Err(failure) = self.checkpoint() {
+        if step > 0
+            && let Err(failure) = self.checkpoint()
+        {
             return failure;
         }
         self.console.line(format_args!("\nstopped after update {step} of {total}; to go on:"));

@@ -59,9 +59,6 @@ enum RequestError {
     NoRun,
     #[error("--out {} and --resume {} are different folders", out.display(), resume.display())]
     TwoFolders { out: PathBuf, resume: PathBuf },
-    #[error("{} has no checkpoint to go on from", .0.display())]
-    #[diagnostic(help("the run ended before its first one: remove the folder and run the recipe again"))]
-    NoCheckpoint(PathBuf),
     #[error("`{key}` is not what it was when {} was begun", run.display())]
     #[diagnostic(help(
         "it was {was} and is {is}; resume without a recipe, `dpo-lora run --resume {}`, or start a new run",
@@ -113,13 +110,18 @@ pub(super) fn prepare(arguments: &cli::Run, console: &Console) -> Result<Prepare
     let (adapters, resumed, folder) = match resumed {
         Some(folder) => {
             unchanged(&folder, &resolved)?;
-            let newest = checkpoint::list(folder.path()).pop();
-            let newest = newest.ok_or_else(|| request(RequestError::NoCheckpoint(folder.path().to_owned())))?;
-            let (state, adapters, progress) =
-                checkpoint::load(&newest, &modules, &train, &fingerprints).map_err(request)?;
-            let adapters = adapters.with_dropout(lora.dropout);
-            console.fact("resume", format_args!("after update {}", state.step));
-            (adapters, Some((state, progress)), folder)
+            match checkpoint::list(folder.path()).pop() {
+                Some(newest) => {
+                    let (state, adapters, progress) =
+                        checkpoint::load(&newest, &modules, &train, &fingerprints).map_err(request)?;
+                    console.fact("resume", format_args!("after update {}", state.step));
+                    (adapters.with_dropout(lora.dropout), Some((state, progress)), folder)
+                }
+                None => {
+                    console.fact("resume", "from the start: there is no checkpoint yet");
+                    (new_adapters(&recipe.adapter, &lora, &modules, recipe.train.seed)?, None, folder)
+                }
+            }
         }
         None => {
             let adapters = new_adapters(&recipe.adapter, &lora, &modules, recipe.train.seed)?;
@@ -146,12 +148,13 @@ pub(super) fn prepare(arguments: &cli::Run, console: &Console) -> Result<Prepare
     console.fact(
         "plan",
         format_args!(
-            "{} updates of {}, learning rate {} ({}), at most {} tokens at once",
+            "{} updates of {}, learning rate {} ({}), at most {} tokens at once{}",
             thousands(plan.steps),
             plan.batch_size,
             plan.learning_rate,
             format!("{:?}", plan.schedule).to_lowercase(),
             thousands(plan.micro_batch_tokens),
+            if plan.share_prompts { "" } else { ", prompts not shared" },
         ),
     );
     let memory = &resolved.memory;

@@ -6,6 +6,7 @@ use serde_json::{Map, Value, json};
 
 use super::Sample;
 use super::prepare::Prepared;
+use super::reference::Report;
 use crate::adapter::peft;
 use crate::data::Dataset;
 use crate::machine;
@@ -18,6 +19,7 @@ pub(super) struct Summary<'s> {
     pub(super) trainer: &'s Trainer<'s>,
     pub(super) before: Option<&'s Metrics>,
     pub(super) after: Option<&'s Metrics>,
+    pub(super) reference: Option<&'s Report>,
     pub(super) seconds: f64,
 }
 
@@ -37,6 +39,7 @@ impl Summary<'_> {
             "steps": self.trainer.step(),
             "num_tokens": self.trainer.num_tokens(),
             "seconds": self.seconds,
+            "reference": self.reference.map(Report::json),
             "peak_memory_bytes": machine::peak_memory(),
             "expected_memory_bytes": expected_memory,
             "parameters": { "base": model.decoder().config().num_parameters(), "trainable": adapters.num_parameters() },

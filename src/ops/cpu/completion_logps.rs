@@ -117,7 +117,7 @@ impl<T: Real> Head<'_, T> {
         if gradient {
             rows.map(rescale).zip(u.par_chunks_mut(d)).for_each(|((_, shrunk), u)| {
                 if shrunk != T::of(1.0) {
-                    u.iter_mut().for_each(|u| *u = *u * shrunk);
+                    u.iter_mut().for_each(|u| *u *= shrunk);
                 }
             });
             gemm(u, d, Onto::Existing, -1.0, Matrix::new(logits, targets.len(), width), weight, Threads::All);

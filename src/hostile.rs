@@ -8,7 +8,7 @@ use std::sync::Once;
 thread_local!(static QUIET: Cell<bool> = const { Cell::new(false) });
 
 /// Runs a library's code on what a stranger wrote. A panic there becomes an error with its message, and is not printed.
-pub(super) fn unpanicked<T, E: ToString>(run: impl FnOnce() -> Result<T, E>) -> Result<T, String> {
+pub(crate) fn unpanicked<T, E: ToString>(run: impl FnOnce() -> Result<T, E>) -> Result<T, String> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
         let hook = panic::take_hook();

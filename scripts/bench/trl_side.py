@@ -1,0 +1,120 @@
+#!/usr/bin/env python3
+"""One run of TRL + PEFT on the inputs of make_inputs.py; prints a line of JSON.
+
+    python scripts/bench/trl_side.py INPUTS --mode default --device-batch 4
+
+default  gradient checkpointing, the reference in each step (TRL's own defaults)
+tuned    no checkpointing, the reference computed beforehand
+best     as tuned, rows sorted by length; run.py sets the allocator's variables
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+THREADS = os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("MKL_NUM_THREADS", THREADS)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# TRL keeps reference log-probs beside the data set: each run starts without
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch.utils.data import SequentialSampler
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+
+BATCH = 8
+
+
+def memory(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+class Timed(DPOTrainer):
+    """Rows as they stand in the file, so that losses compare update by update; the reference timed by itself."""
+
+    seconds_reference = 0.0
+
+    def _get_train_sampler(self, *_):
+        return SequentialSampler(self.train_dataset)
+
+    def _precompute_ref_logps(self, *arguments):
+        started = time.perf_counter()
+        dataset = super()._precompute_ref_logps(*arguments)
+        self.seconds_reference += time.perf_counter() - started
+        return dataset
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", type=Path)
+    parser.add_argument("--mode", choices=["default", "tuned", "best"], default="default")
+    parser.add_argument("--device-batch", type=int, default=4)
+    args = parser.parse_args()
+    torch.set_num_threads(int(THREADS))
+    facts = json.loads((args.inputs / "lengths.json").read_text())
+
+    tokenizer = AutoTokenizer.from_pretrained(args.inputs / "model")
+    base = AutoModelForCausalLM.from_pretrained(args.inputs / "model", dtype=torch.float32, attn_implementation="sdpa")
+    model = PeftModel.from_pretrained(base, args.inputs / "adapter", is_trainable=True)
+    rows = Dataset.from_parquet(str(args.inputs / "rows.parquet"))
+    if args.mode == "best":
+        longest = [p + max(c, r) for p, c, r in facts["lengths"]]
+        rows = rows.select(sorted(range(len(rows)), key=lambda i: -longest[i]))
+    loaded = memory("VmRSS")
+
+    tuned = args.mode != "default"
+    trainer = Timed(
+        model=model,
+        args=DPOConfig(
+            output_dir=tempfile.mkdtemp(),
+            beta=0.1,
+            learning_rate=1e-5,
+            lr_scheduler_type="linear",
+            warmup_steps=0,
+            max_grad_norm=1.0,
+            per_device_train_batch_size=args.device_batch,
+            gradient_accumulation_steps=BATCH // args.device_batch,
+            num_train_epochs=1,
+            max_length=facts["max_length"],
+            gradient_checkpointing=not tuned,
+            precompute_ref_log_probs=tuned,
+            precompute_ref_batch_size=args.device_batch,
+            disable_dropout=True,
+            use_cpu=True,
+            bf16=False,
+            optim="adamw_torch",
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_num_workers=0,
+        ),
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    log = [line for line in trainer.state.log_history if "loss" in line]
+    result = {
+        "mode": args.mode,
+        "device_batch": args.device_batch,
+        "seconds_reference": trainer.seconds_reference,
+        "seconds_updates": seconds,
+        "losses": [line["loss"] for line in log],
+        "grad_norms": [line["grad_norm"] for line in log],
+        "peak_memory_bytes": memory("VmHWM"),
+        "loaded_memory_bytes": loaded,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
