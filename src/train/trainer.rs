@@ -185,7 +185,8 @@ impl<'d> Trainer<'d> {
         &mut self.reference
     }
 
-    /// Examples whose reference the rest of the run needs, in the order in which it meets them.
+    /// Examples whose reference the rest of the run needs, in the order of the data: examples with one prompt usually
+    /// stand together there, and no shuffling has a say in what is computed with what.
     pub fn needed_references(&mut self) -> Vec<usize> {
         let mut needed = Vec::new();
         if !self.loss.needs_reference() {
@@ -202,6 +203,7 @@ impl<'d> Trainer<'d> {
                 break;
             }
         }
+        needed.sort_unstable();
         needed
     }
 
@@ -219,6 +221,7 @@ impl<'d> Trainer<'d> {
     pub fn compute_references(&mut self, examples: &[usize], budget: usize) -> Result<usize, TrainError> {
         let layout = Layout { prompt_span: PromptSpan::No, ..Layout::new(&self.loss, self.plan.share_prompts) };
         let items: Vec<_> = examples.iter().map(|&index| Item::example(self.data, index)).collect();
+        self.reference.set_precomputed();
         let mut tokens = 0;
         for batch in layout.micro_batches(&items, budget) {
             let (examples, items): (Vec<usize>, Vec<Item<'_>>) =
@@ -316,7 +319,7 @@ impl<'d> Trainer<'d> {
             }
         }
         let loss = tally.loss(update.examples);
-        if first && self.reference.is_from_cache() {
+        if first && self.reference.is_precomputed() {
             check_start(&at_start)?;
         } else if first && let Some(expected) = self.loss.initial_value(&at_start) {
             // a zero adapter adds exact zeros, so the two agree to the rounding of the sum over examples
@@ -407,7 +410,7 @@ impl<'d> Trainer<'d> {
     }
 }
 
-/// A zero adapter makes the policy the reference, whatever file that came from.
+/// A zero adapter makes the policy the reference, but for the rounding of another packing.
 fn check_start(scored: &[Scored]) -> Result<(), TrainError> {
     for Sequence { logp, reference, .. } in scored.iter().flat_map(|s| [s.chosen, s.rejected]).flatten() {
         if let Some(expected) = reference.filter(|&reference| !reference::agree(logp, reference)) {

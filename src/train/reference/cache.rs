@@ -1,7 +1,7 @@
 //! Log-probabilities of the reference on disk, so that another run on the same base and rows need not compute them.
 //!
 //! ```text
-//! <cache>/<key>/part-<process>-<number>.parquet     example · chosen_logp · rejected_logp · chosen_tokens · rejected_tokens
+//! <cache>/<key>/part-<time>-<process>.parquet     example · chosen_logp · rejected_logp · chosen_tokens · rejected_tokens
 //! ```
 //!
 //! The key is a hash of all that the numbers depend on: the base's weights and shape, and the token ids. It does not
@@ -12,6 +12,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use miette::Diagnostic;
 use parquet::basic::Compression;
@@ -117,10 +118,9 @@ impl ReferenceCache {
     /// The system's.
     pub fn append(&self, entries: &[Entry], data: &Dataset) -> Result<(), WriteError> {
         fs::create_dir_all(&self.folder).map_err(cannot_write(&self.folder))?;
-        // another run may write at the same time; a number that is taken is passed over
-        let name = |number: usize| format!("part-{}-{number:06}.parquet", std::process::id());
-        let path = (0..).map(|number| self.folder.join(name(number))).find(|path| !path.exists());
-        let path = path.unwrap_or_else(|| self.folder.join(name(0)));
+        // another run, on another machine too, may write at the same time
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos());
+        let path = self.folder.join(format!("part-{now:020}-{}.parquet", std::process::id()));
         let bytes = encode(entries, data).map_err(|e| cannot_write(&path)(io::Error::other(e)))?;
         files::write(&path, &bytes)
     }
@@ -193,12 +193,17 @@ fn read_part(file: File, data: &Dataset) -> Result<Vec<Entry>, String> {
         if reader.metadata().file_metadata().schema().get_fields() != schema.get_fields() {
             return Err("has other columns than a reference cache".to_owned());
         }
+        let rows = reader.metadata().file_metadata().num_rows();
+        if !usize::try_from(rows).is_ok_and(|rows| rows <= data.len()) {
+            return Err(format!("has {rows} rows, and the data {}", data.len()));
+        }
         let mut entries = Vec::new();
         for row in reader.get_row_iter(None).map_err(|e| e.to_string())? {
             let row = row.map_err(|e| format!("is no whole Parquet file: {e}"))?;
             let fields: Vec<&Field> = row.get_column_iter().map(|(_, field)| field).collect();
             let number = entries.len() + 1;
-            entries.push(entry(&fields, data).ok_or_else(|| format!("row {number} does not belong to this data"))?);
+            let entry = entry(&fields, data).filter(|_| number <= data.len());
+            entries.push(entry.ok_or_else(|| format!("row {number} does not belong to this data"))?);
         }
         Ok(entries)
     })
@@ -289,6 +294,8 @@ mod tests {
             refused(&good[..length]);
         }
         assert!(refused(b"PAR1").contains("Parquet"));
+        let many = encode(&[ENTRIES[0]; 4], &data).expect("encoded");
+        assert!(refused(&many).contains("has 4 rows"));
         let row: (&[u32], &[u32], &[u32]) = (&[1, 2], &[3, 4], &[5]);
         let other = Dataset::of(&[row; 5]);
         let entries = |entry: Entry| encode(&[entry], &other).expect("encoded");

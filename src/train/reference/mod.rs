@@ -62,13 +62,13 @@ impl Side {
 #[derive(Debug, Clone)]
 pub struct Reference {
     logps: Vec<[f64; 2]>,
-    /// Whether any of them came from a file.
-    from_cache: bool,
+    /// Whether any of them was computed otherwise than in the update that needed it.
+    precomputed: bool,
 }
 
 impl Reference {
     pub(super) fn unknown(data: &Dataset) -> Self {
-        Self { logps: vec![[f64::NAN; 2]; data.len()], from_cache: false }
+        Self { logps: vec![[f64::NAN; 2]; data.len()], precomputed: false }
     }
 
     /// From what [`Reference::flat`] gave; `None` if it is of another number of examples.
@@ -76,7 +76,7 @@ impl Reference {
     pub fn restore(flat: &[f64], data: &Dataset) -> Option<Self> {
         let (logps, rest) = flat.as_chunks::<2>();
         let fits = rest.is_empty() && logps.len() == data.len();
-        fits.then(|| Self { logps: logps.to_vec(), from_cache: true })
+        fits.then(|| Self { logps: logps.to_vec(), precomputed: true })
     }
 
     /// Chosen and rejected of each example.
@@ -92,7 +92,7 @@ impl Reference {
                 *known = logp.unwrap_or(*known);
             }
         }
-        self.from_cache |= !entries.is_empty();
+        self.precomputed |= !entries.is_empty();
     }
 
     /// What a cache has to hold of these examples.
@@ -111,8 +111,18 @@ impl Reference {
         Side::BOTH.into_iter().all(known)
     }
 
-    pub(super) fn is_from_cache(&self) -> bool {
-        self.from_cache
+    /// Makes these examples unknown again.
+    pub fn forget(&mut self, examples: &[usize]) {
+        examples.iter().for_each(|&example| self.logps[example] = [f64::NAN; 2]);
+    }
+
+    /// Whether values may come from another packing than the update's, and differ from it by rounding.
+    pub(super) fn is_precomputed(&self) -> bool {
+        self.precomputed
+    }
+
+    pub(super) fn set_precomputed(&mut self) {
+        self.precomputed = true;
     }
 
     pub(super) fn get(&self, example: usize, part: Part) -> Option<f64> {
