@@ -111,8 +111,11 @@ impl Setup {
             PackingFacts::of(eval, loss, &Plan { batch_size, micro_batch_tokens, shuffle: false, ..plan.clone() })
         });
         let rows = Rows { all: train.largest_rows, scored: train.largest_scored_rows };
-        let scoring_rows = eval.as_ref().map_or(0, |eval| eval.largest_rows);
-        let inventory = resolved.memory.demand.inventory(&plan.saved, rows, scoring_rows);
+        let demand = &resolved.memory.demand;
+        // the reference goes through the examples in any order, in batches as full as they can be
+        let reference = if loss.needs_reference() { plan.scoring_tokens.min(demand.load.rows as usize) } else { 0 };
+        let scoring_rows = eval.as_ref().map_or(0, |eval| eval.largest_rows).max(reference);
+        let inventory = demand.inventory(&plan.saved, rows, scoring_rows);
         Forecast { train, eval, inventory }
     }
 }

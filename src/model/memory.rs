@@ -223,10 +223,10 @@ impl Shape {
         let (d, q) = (self.decoder.hidden_size, self.outputs(Projection::Query));
         let (kv, f) = (self.outputs(Projection::Key), self.outputs(Projection::Gate));
         let last = self.ranks.len() - 1;
-        let all_kept: usize = (0..=last).map(|l| self.kept(l, saved[l], rows)).sum();
+        let all_kept: usize = saved.iter().enumerate().map(|(l, &level)| self.kept(l, level, rows)).sum();
         let head = all_kept + 3 * F32 * rows.scored * d + completion_logps::scratch_bytes(F32);
         let (mut peak, mut kept) = (head, 0);
-        for layer in 0..=last {
+        for (layer, &level) in saved.iter().enumerate() {
             let on = if layer == last { rows.scored.min(rows.all) } else { rows.all };
             let everything = self.held(layer, Saved::All, rows);
             let forward = everything + F32 * on * (f + d);
@@ -237,7 +237,7 @@ impl Shape {
                     + F32 * (on * (2 * q + d) + rows.all * (2 * kv + 2 * d));
                 peak = peak.max(kept + mlp.max(attention));
             }
-            kept += self.kept(layer, saved[layer], rows);
+            kept += self.kept(layer, level, rows);
         }
         let unused = 2 * F32 * rows.all * f;
         Footprint { saved: all_kept, scratch: peak + unused - all_kept }

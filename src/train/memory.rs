@@ -259,7 +259,7 @@ struct Candidate {
 }
 
 impl Choice {
-    /// What the layers keep, in words: `30 layers everything`, `0-11 input only, 12-29 everything`.
+    /// What the layers keep, in words: `all 30 layers keep everything`, `layer 0 keeps input only, layers 1-29 keep ...`.
     #[must_use]
     pub fn describe_saved(&self) -> String {
         let runs: Vec<&[Saved]> = self.saved.chunk_by(|a, b| a == b).collect();
@@ -269,9 +269,12 @@ impl Choice {
         let mut first = 0;
         let part = |run: &&[Saved]| {
             let last = first + run.len() - 1;
-            let layers = if first == last { format!("layer {first}") } else { format!("layers {first}-{last}") };
+            let layers = match run.len() {
+                1 => format!("layer {first} keeps"),
+                _ => format!("layers {first}-{last} keep"),
+            };
             first = last + 1;
-            format!("{layers} keep {}", run[0].describe())
+            format!("{layers} {}", run[0].describe())
         };
         runs.iter().map(part).collect::<Vec<_>>().join(", ")
     }

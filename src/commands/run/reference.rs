@@ -71,7 +71,6 @@ pub(super) fn fill(
         return Ok(Outcome::InTheUpdate);
     }
     let started = Instant::now();
-    // nothing is kept for a backward pass, so there is room for more rows
     let budget = run.resolved.plan.scoring_tokens;
     let cache = ReferenceCache::new(&root, &fingerprints.base, trainer.model().decoder().config(), train);
     let cached = believed(&cache, &asked, trainer, budget, console, train)?;
