@@ -92,11 +92,13 @@ def main() -> None:
         if len(kept) < args.rows and (of_row := lengths(tokenizer, row, args.max_length)):
             kept.append(row)
             counted.append(of_row)
+    if len(kept) < args.rows:
+        parser.error(f"{args.prefs} has only {len(kept)} rows that both sides can train on")
     if isinstance(kept[0]["chosen"], list):
         # the prompt as messages: both sides read the same turns
         kept = [{"prompt": row["chosen"][:-1], "chosen": row["chosen"][-1:], "rejected": row["rejected"][-1:]} for row in kept]
 
-    shutil.rmtree(args.out, ignore_errors=True)
+    args.out.mkdir(parents=True)
     model_folder, adapter_folder = args.out / "model", args.out / "adapter"
     torch.manual_seed(0)
     config = LlamaConfig(

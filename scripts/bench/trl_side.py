@@ -23,7 +23,8 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import LoraConfig, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
@@ -62,7 +63,6 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(args.inputs / "model")
     base = AutoModelForCausalLM.from_pretrained(args.inputs / "model", dtype=torch.float32, attn_implementation="sdpa")
-    model = PeftModel.from_pretrained(base, args.inputs / "adapter", is_trainable=True)
     rows = Dataset.from_parquet(str(args.inputs / "rows.parquet"))
     if args.mode == "best":
         longest = [p + max(c, r) for p, c, r in facts["lengths"]]
@@ -71,7 +71,7 @@ def main() -> None:
 
     tuned = args.mode != "default"
     trainer = Timed(
-        model=model,
+        model=base,
         args=DPOConfig(
             output_dir=tempfile.mkdtemp(),
             beta=0.1,
@@ -98,7 +98,10 @@ def main() -> None:
         ),
         train_dataset=rows,
         processing_class=tokenizer,
+        # given a PeftModel, TRL copies its adapter and runs the copy in every reference pass; so the base is the reference
+        peft_config=LoraConfig.from_pretrained(args.inputs / "adapter"),
     )
+    set_peft_model_state_dict(trainer.model, load_file(args.inputs / "adapter" / "adapter_model.safetensors"))
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started

@@ -72,7 +72,8 @@ pub(super) fn fill(
     }
     let started = Instant::now();
     let budget = run.resolved.plan.scoring_tokens;
-    let cache = ReferenceCache::new(&root, &fingerprints.base, trainer.model().decoder().config(), train);
+    let (config, shared) = (trainer.model().decoder().config(), trainer.plan().share_prompts);
+    let cache = ReferenceCache::new(&root, &fingerprints.base, config, train, shared);
     let cached = believed(&cache, &asked, trainer, budget, console, train)?;
     trainer.reference_mut().take(&cached);
 

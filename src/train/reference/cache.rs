@@ -72,11 +72,15 @@ pub struct BrokenPart {
 impl ReferenceCache {
     /// The cache under `root` of the base whose weight files hash to `base`, on the rows of `data`. Nothing is read or
     /// made yet.
+    ///
+    /// Whether prompts are shared changes the rounding, and with it whether a fresh policy is the reference to the bit; so
+    /// it is part of the key.
     #[must_use]
-    pub fn new(root: &Path, base: &str, config: &DecoderConfig, data: &Dataset) -> Self {
+    pub fn new(root: &Path, base: &str, config: &DecoderConfig, data: &Dataset, share_prompts: bool) -> Self {
         let mut hasher = blake3::Hasher::new_derive_key("dpo-lora reference log-probs");
         // every field of the config, the frequencies of rope among them, is in its debug form
-        for part in [VERSION, base, &format!("{config:?}"), data.token_hash().to_hex().as_str()] {
+        let shared = if share_prompts { "shared" } else { "apart" };
+        for part in [VERSION, base, &format!("{config:?}"), data.token_hash().to_hex().as_str(), shared] {
             hasher.update(&(part.len() as u64).to_le_bytes());
             hasher.update(part.as_bytes());
         }
@@ -245,7 +249,7 @@ mod tests {
     fn cache(root: &Path) -> ReferenceCache {
         let config: DecoderConfig =
             crate::model::family::read_config(Path::new("tests/fixtures/golden/gqa")).expect("one");
-        ReferenceCache::new(root, "base", &config, &data())
+        ReferenceCache::new(root, "base", &config, &data(), true)
     }
 
     #[test]
@@ -268,7 +272,7 @@ mod tests {
         let place = Path::new("cache");
         let config = crate::model::family::read_config(Path::new("tests/fixtures/golden/gqa")).expect("one");
         let folder = |base: &str, config: &DecoderConfig, data: &Dataset| {
-            ReferenceCache::new(place, base, config, data).folder().to_owned()
+            ReferenceCache::new(place, base, config, data, true).folder().to_owned()
         };
         let expected = folder("base", &config, &data());
         assert_eq!(folder("base", &config, &data()), expected);
