@@ -9,7 +9,6 @@ files. Rows that either side would leave out are passed over: prompts that fill 
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -106,8 +105,9 @@ def main() -> None:
     )
     model = LlamaForCausalLM(config)
     model.save_pretrained(model_folder)
-    for file in args.tokenizer.iterdir():
-        shutil.copy(file, model_folder)
+    # as transformers has it in memory, so that both sides read the same: it builds some tokenizers anew and not quite as
+    # their tokenizer.json says (Llama's with "legacy": false put no space after a special token)
+    tokenizer.save_pretrained(model_folder)
     lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     get_peft_model(model, lora).save_pretrained(adapter_folder)
     pq.write_table(pa.Table.from_pylist(kept), args.out / "rows.parquet")

@@ -131,8 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", type=Path)
     parser.add_argument("--baselines", default="default,tuned,best")
-    parser.add_argument("--device-batch", type=int, default=4, help="of default and tuned")
-    parser.add_argument("--best-device-batch", type=int, default=1, help="of best; try 1, 2, 4, 8")
+    parser.add_argument("--device-batch", default="default=4,tuned=2,best=1", help="pairs at once of each baseline: 1, 2, 4 or 8")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each side")
     parser.add_argument("--force", action="store_true", help="on a machine that is not idle, too")
     parser.add_argument("--out", type=Path, default=Path("bench.md"))
@@ -144,7 +143,7 @@ def main() -> None:
     if free < 0.97 and not args.force:
         sys.exit(f"the machine is only {free:.0%} idle: figures would say nothing (--force measures all the same)")
     peak = measured_peak(args.inputs)
-    device_batch = {"default": args.device_batch, "tuned": args.device_batch, "best": args.best_device_batch}
+    device_batch = {mode: int(pairs) for mode, pairs in (item.split("=") for item in args.device_batch.split(","))}
     baselines = [mode for mode in args.baselines.split(",") if mode]
     runs = {"ours": [], **{mode: [] for mode in baselines}}
 

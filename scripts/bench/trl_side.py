@@ -70,6 +70,8 @@ def main() -> None:
     loaded = memory("VmRSS")
 
     tuned = args.mode != "default"
+    adapter = LoraConfig.from_pretrained(args.inputs / "adapter")
+    adapter.inference_mode = False
     trainer = Timed(
         model=base,
         args=DPOConfig(
@@ -99,7 +101,7 @@ def main() -> None:
         train_dataset=rows,
         processing_class=tokenizer,
         # given a PeftModel, TRL copies its adapter and runs the copy in every reference pass; so the base is the reference
-        peft_config=LoraConfig.from_pretrained(args.inputs / "adapter"),
+        peft_config=adapter,
     )
     set_peft_model_state_dict(trainer.model, load_file(args.inputs / "adapter" / "adapter_model.safetensors"))
     started = time.perf_counter()
