@@ -85,6 +85,9 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    # dpo-lora puts a BOS before a conversation whose template forgets it; TRL takes what the template writes
+    if tokenizer.bos_token and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id and "bos_token" not in tokenizer.chat_template:
+        tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     table = pq.read_table(args.prefs).select(["prompt", "chosen", "rejected"])
     kept, counted = [], []
     for row in table.to_pylist():
