@@ -11,15 +11,16 @@ use criterion::{Criterion, Throughput};
 use dpo_lora::model::{Packer, PromptSpan};
 use dpo_lora::ops::attention::{self, Heads};
 use dpo_lora::ops::completion_logps::{self, Want};
+use dpo_lora::ops::glu::{self, Activation};
 use dpo_lora::ops::linear::{self, Branch, LowRank};
 use dpo_lora::ops::rope::{self, Angles, Turn};
-use dpo_lora::ops::{norm, rows, swiglu};
+use dpo_lora::ops::{norm, rows};
 
 const D: usize = 576;
 const F: usize = 1536;
 const VOCABULARY: usize = 49_152;
 const RANK: usize = 16;
-const HEADS: Heads = Heads { queries: 9, keys: 3, dimension: 64, scale: 0.125 };
+const HEADS: Heads = Heads { queries: 9, keys: 3, dimension: 64, scale: 0.125, softcap: None, window: None };
 /// Prompt and completion, tokens.
 const LENGTHS: (usize, usize) = (121, 288);
 
@@ -55,8 +56,8 @@ fn ops(c: &mut Criterion) {
     bench(c, "gather rows", scored * D, || rows::gather(&x, &batch.scored_rows).map(|y| _ = black_box(y)));
 
     let (gate, up, dh) = (random(t, F), random(t, F), random(t, F));
-    bench(c, "swiglu forward", t * F, || swiglu::forward(&gate, &up).map(|h| _ = black_box(h)));
-    bench(c, "swiglu backward", t * F, || swiglu::backward(&dh, &gate, &up).map(|d| _ = black_box(d)));
+    bench(c, "swiglu forward", t * F, || glu::forward(&gate, &up, Activation::Silu).map(|h| _ = black_box(h)));
+    bench(c, "swiglu backward", t * F, || glu::backward(&dh, &gate, &up, Activation::Silu).map(|d| _ = black_box(d)));
 
     let w = [random(F, D), random(F, D)];
     let (a, b) = ([random(RANK, D), random(RANK, D)], [random(F, RANK), random(F, RANK)]);

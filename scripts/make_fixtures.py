@@ -1,12 +1,12 @@
-"""Makes tests/fixtures/golden: what transformers, PEFT, TRL and torch compute on tiny random Llama models.
+"""Makes tests/fixtures/golden: what transformers, PEFT, TRL and torch compute on tiny random models of every family.
 
     python -m venv venv && venv/bin/pip install -r scripts/requirements-fixtures.txt
     venv/bin/python scripts/make_fixtures.py
 
 Made with Python 3.11, torch 2.15.0, transformers 5.23.0, peft 0.21.2, trl 1.16.0, on a CPU; another version stops the
 script. The models and the adapters are stored in f32; everything computed from them is computed in f64, so that the
-tests measure this project's rounding and not the reference's. For that the norms are kept from casting to f32
-(transformers' LlamaRMSNorm always does); rope's angles, cosines and sines stay in f32, as transformers has them.
+tests measure this project's rounding and not the reference's. For that norms and softmax are kept from casting to
+f32 (as transformers always does); rope's angles, cosines and sines stay in f32, as transformers has them.
 
     <model>/config.json, model.safetensors    a model folder, as save_pretrained writes it
     <model>/golden.json                        token ids; what transformers' generate answers to a prompt
@@ -34,8 +34,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from transformers.models.smollm3.modeling_smollm3 import SmolLM3RMSNorm
 from trl import DPOConfig, DPOTrainer
 
 OUT = Path(__file__).resolve().parent.parent / "tests" / "fixtures" / "golden"
@@ -53,7 +60,19 @@ def norm_in_own_dtype(self, x):
     return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
 
 
-LlamaRMSNorm.forward = norm_in_own_dtype
+def gemma_norm_in_own_dtype(self, x):
+    return (1 + self.weight) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+
+
+def softmax_in_own_dtype(x, dim=None, dtype=None, softmax=torch.nn.functional.softmax):
+    return softmax(x, dim=dim)
+
+
+for norm in (LlamaRMSNorm, MistralRMSNorm, Phi3RMSNorm, Qwen2RMSNorm, Qwen3RMSNorm, SmolLM3RMSNorm):
+    norm.forward = norm_in_own_dtype
+for norm in (Gemma2RMSNorm, Gemma3RMSNorm):
+    norm.forward = gemma_norm_in_own_dtype
+torch.nn.functional.softmax = softmax_in_own_dtype
 
 COMMON = dict(num_hidden_layers=2, bos_token_id=None, pad_token_id=None, max_position_embeddings=128)
 MODELS = {
@@ -68,7 +87,35 @@ MODELS = {
                                         high_freq_factor=4.0, original_max_position_embeddings=64)),
     "bias": dict(hidden_size=16, intermediate_size=20, num_attention_heads=4, num_key_value_heads=2, vocab_size=47,
                  attention_bias=True, mlp_bias=True),
+    # the other families, each with what sets it apart in use; windows are shorter than the sequences
+    "mistral": dict(model_type="mistral", hidden_size=16, intermediate_size=20, num_attention_heads=2, head_dim=6,
+                    num_key_value_heads=1, vocab_size=47, sliding_window=4),
+    "qwen2": dict(model_type="qwen2", hidden_size=16, intermediate_size=20, num_attention_heads=4,
+                  num_key_value_heads=2, vocab_size=47, tie_word_embeddings=True, use_sliding_window=True,
+                  sliding_window=5, max_window_layers=1),
+    "qwen3": dict(model_type="qwen3", hidden_size=16, intermediate_size=20, num_attention_heads=4, head_dim=6,
+                  num_key_value_heads=2, vocab_size=47),
+    # caps that bend the scores and the logits
+    "gemma2": dict(model_type="gemma2", hidden_size=16, intermediate_size=20, num_attention_heads=2, head_dim=6,
+                   num_key_value_heads=1, vocab_size=47, query_pre_attn_scalar=10, sliding_window=4,
+                   attn_logit_softcapping=1.5, final_logit_softcapping=3.0),
+    "gemma3": dict(model_type="gemma3_text", hidden_size=16, intermediate_size=20, num_attention_heads=2, head_dim=6,
+                   num_key_value_heads=1, vocab_size=47, query_pre_attn_scalar=10, sliding_window=4,
+                   layer_types=["sliding_attention", "full_attention"],
+                   rope_parameters=dict(
+                       sliding_attention=dict(rope_type="default", rope_theta=100.0),
+                       full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1000.0))),
+    # sequences above 8 tokens take the long factors
+    "phi3": dict(model_type="phi3", hidden_size=16, intermediate_size=20, num_attention_heads=2, num_key_value_heads=1,
+                 vocab_size=47, sliding_window=6, max_position_embeddings=64, original_max_position_embeddings=8,
+                 rope_parameters=dict(rope_type="longrope", rope_theta=100.0, original_max_position_embeddings=8,
+                                      short_factor=[1.0, 1.1, 1.3, 1.5], long_factor=[1.2, 2.0, 3.5, 6.0])),
+    "smollm3": dict(model_type="smollm3", hidden_size=16, intermediate_size=20, num_attention_heads=4,
+                    num_key_value_heads=2, vocab_size=47, no_rope_layers=[0, 1],
+                    layer_types=["full_attention", "full_attention"]),
 }
+# Gemma 2's caps are only in transformers' own attention
+ATTENTION = {"gemma2": "eager"}
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTERS = {
     ("gqa", "all"): dict(r=4, lora_alpha=6, target_modules=ALL),
@@ -77,20 +124,26 @@ ADAPTERS = {
     ("tied", "all"): dict(r=2, lora_alpha=3, target_modules=ALL),
     ("llama3", "all"): dict(r=2, lora_alpha=3, target_modules=ALL),
     ("bias", "all"): dict(r=2, lora_alpha=3, target_modules=ALL),
+    **{(family, "all"): dict(r=2, lora_alpha=3, target_modules=ALL)
+       for family in ("mistral", "qwen2", "qwen3", "gemma2", "gemma3", "smollm3")},
+    ("phi3", "all"): dict(r=2, lora_alpha=3, target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
 }
 
 
 def make_model(folder, config):
     """Random weights of the size that trained ones have: another scale anywhere would change the logits."""
-    model = LlamaForCausalLM(LlamaConfig(**COMMON, **config, eos_token_id=config["vocab_size"] - 1))
+    options = COMMON | dict(model_type="llama", eos_token_id=config["vocab_size"] - 1) | config
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**options), dtype=torch.float32)
+    centre = 0 if "gemma" in options["model_type"] else 1
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" in name:
-                weight.copy_(1 + 0.3 * torch.randn_like(weight))
+                weight.copy_(centre + 0.3 * torch.randn_like(weight))
             elif weight.dim() == 1:
                 weight.copy_(0.5 * torch.randn_like(weight))
             elif "embed_tokens" in name or "lm_head" in name:
-                weight.copy_(0.6 * torch.randn_like(weight))
+                # Gemma's, which are scaled and tied, would else only repeat their token
+                weight.copy_((0.2 if centre == 0 else 0.6) * torch.randn_like(weight))
             else:
                 weight.copy_(1.3 * weight.shape[1] ** -0.5 * torch.randn_like(weight))
     model.generation_config.eos_token_id = None
@@ -99,7 +152,8 @@ def make_model(folder, config):
 
 
 def load(folder):
-    return LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa").double().eval()
+    attention = ATTENTION.get(folder.name, "sdpa")
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32).double().eval()
 
 
 @torch.no_grad()
@@ -177,7 +231,7 @@ def write_json(path, value):
 
 def make_adapter(model_folder, folder, options, pairs, prompt):
     config = LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, base_model_name_or_path="tiny", **options)
-    model = get_peft_model(LlamaForCausalLM.from_pretrained(model_folder), config)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32), config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if ".lora_B." in name:
@@ -291,11 +345,13 @@ def main():
         ids = torch.randint(0, vocab, (48 if name == "llama3" else 16,)).tolist()
         logits = logits_of(model, ids)
         if name == "llama3":
-            unscaled = LlamaForCausalLM.from_pretrained(
+            unscaled = AutoModelForCausalLM.from_pretrained(
                 folder, rope_parameters=dict(rope_type="default", rope_theta=10000.0)).double().eval()
             assert (logits_of(unscaled, ids) - logits)[-8:].abs().max() > 0.1, "the scaling does not show"
-        frequencies = model.model.rotary_emb.inv_freq
-        save_file(as_f32(dict(logits=logits, inverse_frequencies=frequencies)), folder / "golden.safetensors")
+        tensors = dict(logits=logits)
+        if "model_type" not in config:
+            tensors["inverse_frequencies"] = model.model.rotary_emb.inv_freq
+        save_file(as_f32(tensors), folder / "golden.safetensors")
         prompt = ids[:30] if name == "llama3" else ids[:7]
         write_json(folder / "golden.json", dict(ids=ids, prompt=prompt, greedy=greedy(model, prompt)))
         longer = 30 if name == "llama3" else 0

@@ -12,6 +12,7 @@
 //! | [`data`] | preference files to token ids: row shapes, chat templates, boundaries, truncation |
 //! | [`model`] | the decoder, model families, weights, packed batches, generation |
 //! | [`ops`] | its operators, each a forward and a backward |
+//! | [`quant`] | frozen matrices: dense, GGUF blocks, NF4 |
 //! | [`adapter`] | LoRA and PEFT's files |
 //! | [`loss`] | one file a loss |
 //! | [`train`] | updates, optimizer, schedule, evaluation, checkpoints |
@@ -33,6 +34,7 @@ pub mod machine;
 pub mod model;
 pub mod ops;
 pub mod progress;
+pub mod quant;
 pub mod range;
 pub mod recipe;
 pub mod run_folder;

@@ -143,6 +143,20 @@ impl TensorFile {
     /// # Errors
     /// The tensor is missing, has another shape, or holds something else than F32, F16, BF16 or F64.
     pub fn read(&self, name: &str, shape: &[usize], dtype: DType) -> Result<Tensor, TensorFileError> {
+        let values = self.read_f32(name, shape)?;
+        let tensor = Tensor::from_vec(values, shape, &Device::Cpu).and_then(|t| t.to_dtype(dtype));
+        tensor.map_err(|e| TensorFileError {
+            file: self.path.clone(),
+            problem: format!("tensor `{name}`: {e}"),
+            help: None,
+        })
+    }
+
+    /// The values of a tensor of the shape asked for.
+    ///
+    /// # Errors
+    /// As [`TensorFile::read`].
+    pub fn read_f32(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, TensorFileError> {
         let error = |problem: String, help: Option<&str>| TensorFileError {
             file: self.path.clone(),
             problem,
@@ -158,18 +172,16 @@ impl TensorFile {
         let (start, end) = info.data_offsets;
         // the header check has bound the offsets by the length of the map
         let bytes = self.data_start + start..self.data_start + end;
-        let values: Vec<f32> = match info.dtype {
-            Dtype::F32 => self.convert(bytes, |b: [u8; 4]| f32::from_le_bytes(b)),
-            Dtype::F16 => self.convert(bytes, |b: [u8; 2]| half::f16::from_le_bytes(b).to_f32()),
-            Dtype::BF16 => self.convert(bytes, |b: [u8; 2]| half::bf16::from_le_bytes(b).to_f32()),
-            Dtype::F64 => self.convert(bytes, |b: [u8; 8]| f64::from_le_bytes(b) as f32),
+        match info.dtype {
+            Dtype::F32 => Ok(self.convert(bytes, |b: [u8; 4]| f32::from_le_bytes(b))),
+            Dtype::F16 => Ok(self.convert(bytes, |b: [u8; 2]| half::f16::from_le_bytes(b).to_f32())),
+            Dtype::BF16 => Ok(self.convert(bytes, |b: [u8; 2]| half::bf16::from_le_bytes(b).to_f32())),
+            Dtype::F64 => Ok(self.convert(bytes, |b: [u8; 8]| f64::from_le_bytes(b) as f32)),
             other => {
                 let help = "weights are read from F32, F16, BF16 and F64; load the original, not a quantized copy";
-                return Err(error(format!("tensor `{name}` holds {other:?}"), Some(help)));
+                Err(error(format!("tensor `{name}` holds {other:?}"), Some(help)))
             }
-        };
-        let tensor = Tensor::from_vec(values, shape, &Device::Cpu).and_then(|t| t.to_dtype(dtype));
-        tensor.map_err(|e| error(format!("tensor `{name}`: {e}"), None))
+        }
     }
 }
 

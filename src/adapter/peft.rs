@@ -232,14 +232,25 @@ pub(crate) fn serialize(named: &[(String, Tensor)]) -> Result<Vec<u8>, candle_co
 
 /// `adapter_config.json` as PEFT writes it: all of its keys, sorted, two blanks of indentation.
 #[must_use]
-pub fn config_json(config: &LoraConfig, base: &str) -> String {
-    let LoraConfig { rank, alpha, rslora, dropout, targets } = config;
+pub fn config_json(adapters: &Adapters, base: &str) -> String {
+    let LoraConfig { rank, alpha, rslora, dropout, targets } = adapters.config();
     // what "all-linear" selects in this decoder, written out: readers match it without knowing the base
-    let all = || crate::model::Projection::ALL.map(|p| p.name().rsplit('.').next().unwrap_or_default());
-    let targets = match targets {
-        Targets::AllLinear => json!(all()),
-        Targets::Names(names) => json!(names),
-        Targets::Pattern(pattern) => json!(pattern),
+    let all = || {
+        let mut names: Vec<&str> = Vec::new();
+        for name in adapters.iter().map(|lora| lora.module().rsplit('.').next().unwrap_or_default()) {
+            if !names.contains(&name) {
+                names.push(name);
+            }
+        }
+        names
+    };
+    // in a model of several parts, a name alone would also match the others
+    let part = adapters.iter().next().and_then(|lora| lora.module().split_once(".layers.")).map(|(part, _)| part);
+    let targets = match (targets, part.filter(|&part| part != "model")) {
+        (Targets::Pattern(pattern), _) => json!(pattern),
+        (_, Some(part)) => json!(format!(r"{}\.layers\.\d+\..*\.({})", regex::escape(part), all().join("|"))),
+        (Targets::AllLinear, None) => json!(all()),
+        (Targets::Names(names), None) => json!(names),
     };
     let alpha = if alpha.fract() == 0.0 && alpha.abs() < 1e15 { json!(*alpha as i64) } else { json!(alpha) };
     let config = json!({
@@ -288,7 +299,7 @@ pub fn config_json(config: &LoraConfig, base: &str) -> String {
 /// # Errors
 /// What candle or the system returns.
 pub fn save(adapters: &Adapters, base: &str, folder: &Path) -> Result<(), SaveError> {
-    files::write(&folder.join(CONFIG_FILE), config_json(adapters.config(), base).as_bytes())?;
+    files::write(&folder.join(CONFIG_FILE), config_json(adapters, base).as_bytes())?;
     files::write(&folder.join(TENSORS_FILE), &tensor_bytes(adapters)?)?;
     Ok(())
 }

@@ -173,7 +173,7 @@ impl<'a> Report<'a> {
             "model": {
                 "source": setup.parsed.recipe.model.source,
                 "parameters": setup.decoder.num_parameters(),
-                "layers": setup.decoder.num_hidden_layers,
+                "layers": setup.decoder.num_layers(),
             },
             "adapter": {
                 "rank": setup.lora.rank,

@@ -4,15 +4,17 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use super::config::{DecoderConfig, Projection};
+use super::config::{DecoderConfig, Rope};
 use super::layer::{At, Layer, LayerActivations, LayerCache, Pass, Rows};
 use super::memory::Saved;
 use super::packed::Packed;
 use crate::adapter::{Adapters, Gradients};
 use crate::ops::attention::{Segment, Segments};
 use crate::ops::completion_logps::{self, TokenScore, Want};
+use crate::ops::linear::{self, Branch};
 use crate::ops::rope::Angles;
 use crate::ops::{norm, rows};
+use crate::quant::Weight;
 
 /// Policy or reference.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,11 +43,11 @@ pub enum Keep<'a> {
 #[derive(Debug, Clone)]
 pub struct Decoder {
     pub(super) config: DecoderConfig,
-    pub(super) embedding: Tensor,
+    pub(super) embedding: Weight,
     pub(super) layers: Vec<Layer>,
     pub(super) norm: Tensor,
     /// The embedding again where the head is tied; the same storage.
-    pub(super) head: Tensor,
+    pub(super) head: Weight,
 }
 
 /// What a forward pass over a packed batch gave.
@@ -81,13 +83,13 @@ impl Decoder {
     /// Element type of the weights, which the computation is in.
     #[must_use]
     pub fn dtype(&self) -> DType {
-        self.embedding.dtype()
+        self.norm.dtype()
     }
 
     /// Where the weights are.
     #[must_use]
     pub fn device(&self) -> &Device {
-        self.embedding.device()
+        self.norm.device()
     }
 
     /// Scores the targets of a packed batch.
@@ -118,7 +120,7 @@ impl Decoder {
         drop(x);
         let (hidden, rho) = norm::forward(&scored, &self.norm, self.config.rms_norm_eps)?;
         let want = if keep == Keep::Scores { Want::Scores } else { Want::Gradient };
-        let (scores, slope) = completion_logps::score(&hidden, &self.head, &batch.targets, want)?;
+        let (scores, slope) = completion_logps::score(&hidden, self.head(), &batch.targets, want)?;
         let activations = slope.zip(dropout_key).map(|(slope, dropout_key)| Activations {
             layers,
             scored,
@@ -149,7 +151,7 @@ impl Decoder {
         let pass = Pass::new(Some(adapters), &rows, Some(dropout_key), &batch.row_keys);
         let d_hidden = completion_logps::backward(&slope, slopes)?;
         drop(slope);
-        let d_scored = norm::backward(&d_hidden, &scored, &self.norm, &rho, &scored.zeros_like()?)?;
+        let d_scored = norm::backward(&d_hidden, &scored, &self.norm, &rho, None)?;
         let count = rows.last.as_ref().map_or(batch.ids.len(), |(last, _)| last.rows.len());
         let zeros = Tensor::zeros((count, self.config.hidden_size), self.dtype(), self.device())?;
         let mut dx = rows::scatter_add(&zeros, rows.scored(batch), &d_scored)?;
@@ -169,14 +171,19 @@ impl Decoder {
     /// The lowest layer that has an adapter.
     fn lowest_adapted(&self, adapters: Option<&Adapters>) -> usize {
         let has_adapter = |module: &usize| adapters.is_some_and(|adapters| adapters.get(*module).is_some());
-        let modules = self.layers.len() * Projection::ALL.len();
-        (0..modules).find(has_adapter).map_or(self.layers.len(), |module| module / Projection::ALL.len())
+        let of_layer = self.config.projections().len();
+        let modules = self.layers.len() * of_layer;
+        (0..modules).find(has_adapter).map_or(self.layers.len(), |module| module / of_layer)
+    }
+
+    fn head(&self) -> completion_logps::Head<'_> {
+        completion_logps::Head { weight: &self.head, softcap: self.config.logit_softcap }
     }
 
     fn rows(&self, batch: &Packed) -> Result<Rows> {
-        let angles = self.angles(&batch.positions)?;
+        let angles = self.angles(&batch.positions, &batch.lengths())?;
         let last = batch.last_rows().map(|last| {
-            let angles = angles.of_rows(&last.rows)?;
+            let angles = angles.iter().map(|angles| angles.of_rows(&last.rows)).collect::<Result<_>>()?;
             Ok::<_, candle_core::Error>((last, angles))
         });
         Ok(Rows { segments: batch.segments.clone(), last: last.transpose()?, angles })
@@ -191,7 +198,8 @@ impl Decoder {
         if let Some(id) = ids.iter().find(|&&id| id as usize >= self.config.vocab_size) {
             candle_core::bail!("token {id} is outside the model's vocabulary of {}", self.config.vocab_size)
         }
-        rows::gather(&self.embedding, ids)
+        let embedded = self.embedding.gather(ids, self.dtype())?;
+        if self.config.embedding_scale == 1.0 { Ok(embedded) } else { embedded * self.config.embedding_scale }
     }
 
     /// The logits after the last of `ids`, which continue what `cache` holds of `filled` positions; the cache is
@@ -204,7 +212,7 @@ impl Decoder {
         adapters: Option<&Adapters>,
     ) -> Result<Tensor> {
         let positions: Vec<u32> = (filled..filled + ids.len()).map(|p| p as u32).collect();
-        let angles = self.angles(&positions)?;
+        let angles = self.angles(&positions, &vec![filled + ids.len(); ids.len()])?;
         let segment = Segment { queries: 0..ids.len(), prefix: 0..0, own: 0..filled + ids.len() };
         let rows = Rows { segments: Segments::new(vec![vec![segment]]), angles, last: None };
         let pass = Pass::new(adapters, &rows, None, &[]);
@@ -214,10 +222,24 @@ impl Decoder {
         }
         let last = x.narrow(0, ids.len() - 1, 1)?.contiguous()?;
         let (hidden, _) = norm::forward(&last, &self.norm, self.config.rms_norm_eps)?;
-        hidden.matmul(&self.head.t()?)?.squeeze(0)
+        let ([logits], _) =
+            linear::forward(&hidden, &[Branch { weight: &self.head, bias: None, update: None }], None)?;
+        let logits = match self.config.logit_softcap {
+            Some(cap) => ((logits / cap)?.tanh()? * cap)?,
+            None => logits,
+        };
+        logits.squeeze(0)
     }
 
-    fn angles(&self, positions: &[u32]) -> Result<Angles> {
-        Angles::new(&self.config.inverse_frequencies, positions, self.dtype(), self.device())
+    /// The angles of rows at `positions` by each table; `lengths` are those of the sequences that the rows belong to.
+    fn angles(&self, positions: &[u32], lengths: &[usize]) -> Result<Vec<Angles>> {
+        let of = |rope: &Rope| {
+            let frequencies = |row: usize| match &rope.long {
+                Some((above, long)) if lengths[row] > *above => &long[..],
+                _ => &rope.inverse_frequencies,
+            };
+            Angles::new(frequencies, positions, rope.factor, self.dtype(), self.device())
+        };
+        self.config.ropes.iter().map(of).collect()
     }
 }

@@ -33,7 +33,7 @@ impl Model {
         let width = config.num_key_value_heads * config.head_dim;
         let (dtype, device) = (self.decoder.dtype(), self.decoder.device());
         let empty = || Tensor::zeros((prompt.len() + budget, width), dtype, device);
-        let cache = (0..config.num_hidden_layers)
+        let cache = (0..config.num_layers())
             .map(|_| Ok(LayerCache { keys: empty()?, values: empty()? }))
             .collect::<Result<Vec<_>>>()?;
         let adapters = self.switched(adapter);
@@ -48,8 +48,14 @@ impl Model {
             if answer.len() == budget {
                 return Ok(answer);
             }
-            logits = self.decoder.step(&[token], filled, &cache, adapters)?;
             filled += 1;
+            logits =
+                if config.ropes.iter().any(|rope| rope.long.as_ref().is_some_and(|(above, _)| filled == above + 1)) {
+                    // from here on all positions turn by other frequencies, those of the keys in the cache too
+                    self.decoder.step(&[prompt, &answer].concat(), 0, &cache, adapters)?
+                } else {
+                    self.decoder.step(&[token], filled - 1, &cache, adapters)?
+                };
         }
     }
 }

@@ -42,8 +42,8 @@ impl Saved {
     }
 }
 
-/// Ranks of one layer's adapters in the order of [`Projection::ALL`], 0 where there is none.
-pub type Ranks = [usize; 7];
+/// Ranks of one layer's adapters by [`Projection`], 0 where there is none.
+pub type Ranks = [usize; Projection::KINDS];
 
 /// A decoder with its adapters, as far as their sizes go.
 #[derive(Debug, Clone)]
@@ -102,25 +102,30 @@ impl Shape {
     #[must_use]
     pub fn new(decoder: &DecoderConfig, rank: usize, adapted: &[bool]) -> Self {
         let layer = |adapted: &[bool]| {
-            let mut ranks = [0; 7];
-            ranks.iter_mut().zip(adapted).for_each(|(r, &adapted)| *r = if adapted { rank } else { 0 });
+            let mut ranks = Ranks::default();
+            for (&projection, &adapted) in decoder.projections().iter().zip(adapted) {
+                ranks[projection as usize] = if adapted { rank } else { 0 };
+            }
             ranks
         };
-        Self { decoder: decoder.clone(), ranks: adapted.chunks(Projection::ALL.len()).map(layer).collect() }
+        Self { decoder: decoder.clone(), ranks: adapted.chunks(decoder.projections().len()).map(layer).collect() }
     }
 
     /// The lowest layer with an adapter: those below it keep nothing and have no backward pass.
     #[must_use]
     pub fn lowest_adapted(&self) -> usize {
-        self.ranks.iter().position(|ranks| *ranks != [0; 7]).unwrap_or(self.ranks.len())
+        self.ranks.iter().position(|ranks| *ranks != Ranks::default()).unwrap_or(self.ranks.len())
     }
 
     /// Parameters of the adapters.
     #[must_use]
     pub fn adapter_parameters(&self) -> usize {
-        let of_layer =
-            |ranks: &Ranks| Projection::ALL.map(|p| self.sides(p) * ranks[p as usize]).iter().sum::<usize>();
-        self.ranks.iter().map(of_layer).sum()
+        (0..self.ranks.len()).map(|layer| self.adapters_on(layer, self.decoder.projections())).sum()
+    }
+
+    /// Parameters of the adapters on some projections of a layer.
+    fn adapters_on(&self, layer: usize, projections: &[Projection]) -> usize {
+        projections.iter().map(|&p| self.sides(p) * self.ranks[layer][p as usize]).sum()
     }
 
     /// Inputs and outputs of a projection together.
@@ -138,13 +143,17 @@ impl Shape {
         let (d, heads) = (self.decoder.hidden_size, self.decoder.num_attention_heads);
         let (q, kv, f) =
             (self.outputs(Projection::Query), self.outputs(Projection::Key), self.outputs(Projection::Gate));
+        let keys = self.decoder.num_key_value_heads;
+        // before a norm on their heads, and its scales
+        let (bare_q, bare_k) = if self.decoder.qk_norm { (q + heads, kv + keys) } else { (0, 0) };
+        let behind = if self.decoder.post_norms { d + 1 } else { 0 };
         Parts {
             input: d,
-            query: q + ranks(&[Projection::Query]),
-            key_value: 2 * kv + 1 + ranks(&[Projection::Key, Projection::Value]),
+            query: q + bare_q + ranks(&[Projection::Query]),
+            key_value: 2 * kv + bare_k + 1 + ranks(&[Projection::Key, Projection::Value, Projection::QueryKeyValue]),
             attention: q + heads,
-            middle: d + 1 + ranks(&[Projection::Output]),
-            gate_up: 2 * f + ranks(&[Projection::Gate, Projection::Up]),
+            middle: d + 1 + behind + ranks(&[Projection::Output]),
+            gate_up: 2 * f + behind + ranks(&[Projection::Gate, Projection::Up, Projection::GateUp]),
         }
     }
 
@@ -184,19 +193,21 @@ impl Shape {
         if layer < self.lowest_adapted() {
             return 0.0;
         }
-        let products = |of: &[Projection]| -> f64 {
-            let one = |p: Projection| {
-                let (outputs, inputs) = self.decoder.shape(p);
-                2 * (outputs * inputs + self.ranks[layer][p as usize] * (outputs + inputs))
-            };
-            rows * of.iter().map(|&p| one(p)).sum::<usize>() as f64
+        // of the matrices, and of the adapters on them or on those that they are fused to
+        let products = |of: &[Projection], adapted: &[Projection]| -> f64 {
+            let size = |p: &Projection| self.decoder.shape(*p).0 * self.decoder.shape(*p).1;
+            rows * 2.0 * (of.iter().map(size).sum::<usize>() + self.adapters_on(layer, adapted)) as f64
         };
+        let [q, k, v, o, gate, up, down] = Projection::ALL;
         let mut flops = 0.0;
         if saved >= Saved::WithoutGateUp {
-            flops += products(&[Projection::Gate, Projection::Up]);
+            flops += products(&[gate, up], &[gate, up, Projection::GateUp]);
+            if self.decoder.post_norms {
+                flops += products(&[down], &[down]);
+            }
         }
         if saved >= Saved::AttentionAndInput {
-            flops += products(&[Projection::Query, Projection::Key, Projection::Value, Projection::Output]);
+            flops += products(&[q, k, v, o], &[q, k, v, o, Projection::QueryKeyValue]);
         }
         if saved == Saved::Input {
             flops += 4.0 * self.outputs(Projection::Query) as f64 * pairs;
@@ -225,14 +236,16 @@ impl Shape {
         let last = self.ranks.len() - 1;
         let all_kept: usize = saved.iter().enumerate().map(|(l, &level)| self.kept(l, level, rows)).sum();
         let head = all_kept + 3 * F32 * rows.scored * d + completion_logps::scratch_bytes(F32);
+        // both halves of a fused matrix's columns, before they are split or after they are joined
+        let fused = if self.decoder.fused { 2 * f } else { 0 };
         let (mut peak, mut kept) = (head, 0);
         for (layer, &level) in saved.iter().enumerate() {
             let on = if layer == last { rows.scored.min(rows.all) } else { rows.all };
             let everything = self.held(layer, Saved::All, rows);
-            let forward = everything + F32 * on * (f + d);
+            let forward = everything + F32 * on * (f + d + fused);
             peak = peak.max(kept + forward);
             if layer >= self.lowest_adapted() {
-                let mlp = everything + F32 * on * (4 * f + 2 * d);
+                let mlp = everything + F32 * on * (4 * f + 2 * d + fused);
                 let attention = self.held(layer, Saved::WithoutGateUp, rows)
                     + F32 * (on * (2 * q + d) + rows.all * (2 * kv + 2 * d));
                 peak = peak.max(kept + mlp.max(attention));
@@ -247,7 +260,8 @@ impl Shape {
     #[must_use]
     pub fn scoring(&self, rows: Rows) -> Footprint {
         let (d, f) = (self.decoder.hidden_size, self.outputs(Projection::Gate));
-        let layer = self.held(0, Saved::All, rows) + F32 * rows.all * (f + d);
+        let fused = if self.decoder.fused { 2 * f } else { 0 };
+        let layer = self.held(0, Saved::All, rows) + F32 * rows.all * (f + d + fused);
         let head = 2 * F32 * rows.scored * d + completion_logps::scratch_bytes(F32);
         Footprint { saved: 0, scratch: layer.max(head) }
     }
@@ -255,25 +269,21 @@ impl Shape {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use std::path::Path;
+
+    use serde_json::json;
+
     use super::*;
+    use crate::model::family;
 
     /// A model of these sizes: hidden, layers, heads, key/value heads, intermediate, vocabulary.
     pub(crate) fn decoder(d: usize, layers: usize, heads: usize, kv: usize, f: usize, v: usize) -> DecoderConfig {
-        DecoderConfig {
-            hidden_size: d,
-            intermediate_size: f,
-            num_hidden_layers: layers,
-            num_attention_heads: heads,
-            num_key_value_heads: kv,
-            head_dim: d / heads,
-            vocab_size: v,
-            rms_norm_eps: 1e-5,
-            max_position_embeddings: 2048,
-            inverse_frequencies: Vec::new(),
-            tie_word_embeddings: true,
-            attention_bias: false,
-            mlp_bias: false,
-        }
+        let config = json!({
+            "model_type": "llama", "hidden_size": d, "intermediate_size": f, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": kv, "vocab_size": v, "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": true,
+        });
+        family::from_json(Path::new("config.json"), config).expect("a decoder")
     }
 
     /// Adapters of rank 16 on everything.
@@ -290,9 +300,11 @@ pub(crate) mod tests {
             (decoder(768, 12, 12, 12, 2048, 32000), 408.0, 216.0, 36.0),
             (decoder(576, 30, 9, 3, 1536, 49152), 675.0, 315.0, 67.5),
         ] {
-            let layers = shape.num_hidden_layers;
+            let layers = shape.num_layers();
             let extra = layers * (shape.num_attention_heads + 2) * F32;
-            let rank_zero = Shape { decoder: shape.clone(), ranks: vec![[0, 0, 0, 0, 0, 0, 1]; layers] };
+            let mut ranks = Ranks::default();
+            ranks[Projection::Down as usize] = 1;
+            let rank_zero = Shape { decoder: shape.clone(), ranks: vec![ranks; layers] };
             let kib = |saved, extra: usize| {
                 let bytes: usize = (0..layers).map(|layer| rank_zero.bytes_per_row(layer, saved)).sum();
                 (bytes - extra) as f64 / 1024.0

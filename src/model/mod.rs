@@ -21,7 +21,7 @@ use miette::Diagnostic;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-pub use config::{DecoderConfig, Module, Projection};
+pub use config::{Biases, DecoderConfig, LayerConfig, Module, Projection, Rope};
 pub use decoder::{Activations, Adapter, Decoder, Forward, Keep};
 pub use packed::{Packed, Packer, PromptSpan};
 pub use weights::WeightFiles;

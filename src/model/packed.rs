@@ -49,6 +49,17 @@ pub(super) struct LastRows {
 }
 
 impl Packed {
+    /// For each row, the tokens of the longest sequence of its group, the last token, which has no row, among them.
+    pub(super) fn lengths(&self) -> Vec<usize> {
+        let mut lengths = vec![0; self.ids.len()];
+        for group in self.segments.groups() {
+            let rows = || group.iter().flat_map(|segment| segment.queries.clone());
+            let longest = rows().map(|row| self.positions[row] as usize + 2).max().unwrap_or(0);
+            rows().for_each(|row| lengths[row] = longest);
+        }
+        lengths
+    }
+
     /// `None` where every row goes on.
     pub(super) fn last_rows(&self) -> Option<LastRows> {
         let mut is_scored = vec![false; self.ids.len()];

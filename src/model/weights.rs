@@ -1,16 +1,17 @@
 //! Weights of a Hugging Face folder: one safetensors file or the shards that an index names.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor};
 use serde_json::Value;
 
 use super::ModelError;
-use super::config::{DecoderConfig, Projection};
+use super::config::DecoderConfig;
 use super::decoder::Decoder;
 use super::layer::{Layer, Linear};
-use crate::progress::Console;
+use crate::progress::{Bar, Console};
+use crate::quant::{Kept, Weight};
 use crate::tensor_file::{TensorFile, read_text};
 
 const INDEX: &str = "model.safetensors.index.json";
@@ -18,6 +19,11 @@ const SINGLE: &str = "model.safetensors";
 
 /// Tensors that a checkpoint may hold and a decoder has no use for.
 fn is_known_extra(name: &str, config: &DecoderConfig) -> bool {
+    // the other parts of a model of several
+    let parts = ["vision_tower.", "multi_modal_projector."];
+    if config.root != "model" && parts.iter().any(|part| name.trim_start_matches("model.").starts_with(part)) {
+        return true;
+    }
     // older Llama checkpoints carry rope's frequencies, which the config gives; tied ones may repeat the head
     name.ends_with("rotary_emb.inv_freq") || (config.tie_word_embeddings && name == "lm_head.weight")
 }
@@ -74,68 +80,122 @@ impl WeightFiles {
         hasher.finalize().to_string()
     }
 
-    /// Reads all weights of a decoder as `dtype` (F32 or F64) onto the CPU.
+    /// Reads all weights of a decoder onto the CPU: dense ones as `dtype` (F32 or F64), matrices as `config.quant` keeps
+    /// them.
     ///
     /// # Errors
     /// A tensor is missing, has another shape than the config gives, or is left over.
     pub fn decoder(&self, config: DecoderConfig, dtype: DType, console: &Console) -> Result<Decoder, ModelError> {
-        let mut unused = self.places.clone();
         let bar = console.bytes_bar("loading weights", self.files.iter().map(|f| f.num_bytes() as u64).sum());
-        let mut read = |name: &str, shape: &[usize]| -> Result<Tensor, ModelError> {
-            unused.remove(name);
-            let Some(&file) = self.places.get(name) else {
-                return Err(ModelError::File {
-                    file: self.folder.clone(),
-                    problem: format!("no weight file has tensor `{name}`"),
-                    help: Some("config.json and the weights do not belong together, or a shard is missing".into()),
-                });
-            };
-            let tensor = self.files[file].read(name, shape, dtype)?;
-            bar.advance(self.files[file].tensor_bytes(name) as u64);
-            Ok(tensor)
+        let mut reader = Reader {
+            files: self,
+            unused: self.places.keys().map(String::as_str).collect(),
+            root: self.root(&config),
+            dtype,
+            bar,
         };
-        let d = config.hidden_size;
-        let embedding = read("model.embed_tokens.weight", &[config.vocab_size, d])?;
-        let mut layers = Vec::new();
-        for layer in 0..config.num_hidden_layers {
-            let path = |name: &str| format!("model.layers.{layer}.{name}");
-            let mut linear = |projection: Projection| {
-                let (outputs, inputs) = config.shape(projection);
-                let weight = read(&path(&format!("{}.weight", projection.name())), &[outputs, inputs])?;
-                let bias = config
-                    .has_bias(projection)
-                    .then(|| read(&path(&format!("{}.bias", projection.name())), &[outputs]))
-                    .transpose()?;
-                Ok::<_, ModelError>(Linear { weight, bias })
-            };
-            let projections = [
-                linear(Projection::Query)?,
-                linear(Projection::Key)?,
-                linear(Projection::Value)?,
-                linear(Projection::Output)?,
-                linear(Projection::Gate)?,
-                linear(Projection::Up)?,
-                linear(Projection::Down)?,
-            ];
-            layers.push(Layer {
-                projections,
-                attention_norm: read(&path("input_layernorm.weight"), &[d])?,
-                mlp_norm: read(&path("post_attention_layernorm.weight"), &[d])?,
-            });
-        }
-        let norm = read("model.norm.weight", &[d])?;
-        let head = match config.tie_word_embeddings {
-            true => embedding.clone(),
-            false => read("lm_head.weight", &[config.vocab_size, d])?,
-        };
-        if let Some(name) = unused.keys().find(|name| !is_known_extra(name, &config)) {
+        let decoder = reader.decoder(config)?;
+        if let Some(name) = reader.unused.iter().find(|name| !is_known_extra(name, &decoder.config)) {
             return Err(ModelError::File {
-                file: self.files[self.places[name]].path().to_owned(),
+                file: self.files[self.places[*name]].path().to_owned(),
                 problem: format!("tensor `{name}` has no place in this model"),
                 help: Some("config.json describes another model than the weights are of".into()),
             });
         }
+        Ok(decoder)
+    }
+
+    /// What the names of tensors begin with: a model of several parts was once saved otherwise than it is named.
+    fn root(&self, config: &DecoderConfig) -> &'static str {
+        const BEFORE: &str = "language_model.model";
+        let is = |root: &str| self.places.contains_key(&format!("{root}.embed_tokens.weight"));
+        if !is(config.root) && is(BEFORE) { BEFORE } else { config.root }
+    }
+}
+
+/// Takes a decoder's tensors out of files, one after the other.
+struct Reader<'f> {
+    files: &'f WeightFiles,
+    unused: BTreeSet<&'f str>,
+    root: &'static str,
+    dtype: DType,
+    bar: Bar<'f>,
+}
+
+impl Reader<'_> {
+    fn decoder(&mut self, config: DecoderConfig) -> Result<Decoder, ModelError> {
+        let (d, v, quant) = (config.hidden_size, config.vocab_size, config.quant);
+        let offset = if config.norm_offset { 1.0 } else { 0.0 };
+        let embedding = self.matrix(&format!("{}.embed_tokens", self.root), [v, d], quant.of_embedding(d))?;
+        let mut layers = Vec::new();
+        for layer in 0..config.num_layers() {
+            let path = format!("{}.layers.{layer}", self.root);
+            let projections = config.projections().iter().map(|&projection| {
+                let (outputs, inputs) = config.shape(projection);
+                let path = format!("{path}.{}", projection.name());
+                let weight = self.matrix(&path, [outputs, inputs], quant.of_linear(inputs))?;
+                let bias = config.has_bias(projection).then(|| self.vector(&format!("{path}.bias"), outputs, 0.0));
+                Ok(Linear { weight, bias: bias.transpose()? })
+            });
+            let projections = projections.collect::<Result<Vec<_>, ModelError>>()?;
+            let mut norm = |name: &str, len| self.vector(&format!("{path}.{name}.weight"), len, offset);
+            let [mlp_norm, post_norms] = match config.post_norms {
+                false => ["post_attention_layernorm", ""],
+                true => ["pre_feedforward_layernorm", "post_attention_layernorm"],
+            };
+            layers.push(Layer {
+                attention_norm: norm("input_layernorm", d)?,
+                mlp_norm: norm(mlp_norm, d)?,
+                head_norms: match config.qk_norm {
+                    true => {
+                        Some([norm("self_attn.q_norm", config.head_dim)?, norm("self_attn.k_norm", config.head_dim)?])
+                    }
+                    false => None,
+                },
+                post_norms: match config.post_norms {
+                    true => Some([norm(post_norms, d)?, norm("post_feedforward_layernorm", d)?]),
+                    false => None,
+                },
+                projections,
+            });
+        }
+        let norm = self.vector(&format!("{}.norm.weight", self.root), d, offset)?;
+        let head = match config.tie_word_embeddings {
+            true => embedding.clone(),
+            false => self.matrix("lm_head", [v, d], quant.of_embedding(d))?,
+        };
         Ok(Decoder { config, embedding, layers, norm, head })
+    }
+
+    /// The file that a tensor is in.
+    fn file(&mut self, name: &str) -> Result<&TensorFile, ModelError> {
+        self.unused.remove(name);
+        let Some(&file) = self.files.places.get(name) else {
+            return Err(ModelError::File {
+                file: self.files.folder.clone(),
+                problem: format!("no weight file has tensor `{name}`"),
+                help: Some("config.json and the weights do not belong together, or a shard is missing".into()),
+            });
+        };
+        let file = &self.files.files[file];
+        self.bar.advance(file.tensor_bytes(name) as u64);
+        Ok(file)
+    }
+
+    fn vector(&mut self, name: &str, len: usize, offset: f64) -> Result<Tensor, ModelError> {
+        let dtype = self.dtype;
+        let values = self.file(name)?.read(name, &[len], dtype)?;
+        Ok(if offset == 0.0 { values } else { (values + offset)? })
+    }
+
+    fn matrix(&mut self, path: &str, shape: [usize; 2], kept: Kept) -> Result<Weight, ModelError> {
+        let (name, dtype) = (format!("{path}.weight"), self.dtype);
+        let file = self.file(&name)?;
+        if kept == Kept::Dense {
+            return Ok(Weight::Dense(file.read(&name, &shape, dtype)?));
+        }
+        let [rows, columns] = shape;
+        Ok(kept.keep(rows, columns, file.read_f32(&name, &shape)?)?)
     }
 }
 
@@ -250,7 +310,7 @@ mod tests {
         let sharded = folder(GROUPED);
         split(sharded.path());
         let (one, sharded) = (load(one.path()).expect("loaded"), load(sharded.path()).expect("loaded"));
-        let values = |tensor: &Tensor| tensor.to_vec2::<f32>().expect("f32");
+        let values = |weight: &Weight| weight.dense(DType::F32).and_then(|w| w.to_vec2::<f32>()).expect("f32");
         assert_eq!(values(&one.head), values(&sharded.head));
         for (a, b) in one.layers.iter().zip(&sharded.layers) {
             for (a, b) in a.projections.iter().zip(&b.projections) {

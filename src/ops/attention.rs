@@ -23,9 +23,15 @@ pub struct Segment {
 }
 
 impl Segment {
-    /// Key/value rows, the prefix first, that query number `i` of the segment sees.
+    /// Key/value rows, the prefix first, up to the last that query number `i` of the segment sees: its own.
     pub(crate) fn visible(&self, i: usize) -> usize {
         self.prefix.len() + self.own.len() - self.queries.len() + i + 1
+    }
+
+    /// The key/value rows, counted with the prefix first, that query number `i` of the segment sees.
+    pub(crate) fn seen(&self, i: usize, window: Option<usize>) -> Range<usize> {
+        let end = self.visible(i);
+        window.map_or(0, |window| end.saturating_sub(window))..end
     }
 }
 
@@ -59,7 +65,7 @@ impl Segments {
         &self.groups
     }
 
-    /// Multiply-adds of one head dimension: query/key pairs that are looked at.
+    /// Multiply-adds of one head dimension: query/key pairs that are looked at, without a window.
     #[must_use]
     pub fn pairs(&self) -> u64 {
         let of = |s: &Segment| (0..s.queries.len()).map(|i| s.visible(i) as u64).sum::<u64>();
@@ -78,6 +84,10 @@ pub struct Heads {
     pub dimension: usize,
     /// What scores are multiplied by before the softmax, usually `E^-½`.
     pub scale: f64,
+    /// Scores `s` become `c tanh(s / c)`.
+    pub softcap: Option<f64>,
+    /// Rows that a query sees at most, itself the last.
+    pub window: Option<usize>,
 }
 
 /// What [`backward`] needs besides the inputs.
@@ -102,7 +112,8 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, segments: &Segm
     let mut log_sum_exp = Tensor::zeros((rows, heads.queries), q.dtype(), q.device())?;
     for segment in segments.groups.iter().flatten() {
         let Parts { q, k, v, mask } = Parts::of(q, k, v, heads, segment)?;
-        let scores = (q.matmul(&k.t()?)? * heads.scale)?.broadcast_add(&mask)?;
+        let (scores, _) = capped(&(q.matmul(&k.t()?)? * heads.scale)?, heads.softcap)?;
+        let scores = scores.broadcast_add(&mask)?;
         let lse = scores.log_sum_exp(D::Minus1)?;
         let weights = scores.broadcast_sub(&lse.unsqueeze(D::Minus1)?)?.exp()?;
         let rows = &segment.queries;
@@ -114,8 +125,8 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, segments: &Segm
 
 /// The gradients of `q`, `k` and `v`.
 ///
-/// With `P` the softmax, `dP = dO Vᵀ`, `dS = P ⊙ (dP − rowsum(dO ⊙ O))`: `dQ = s dS K`, `dK = s dSᵀ Q`, `dV = Pᵀ dO`,
-/// key/value gradients summed over the query heads of their group and over the segments that share the rows.
+/// With `P` the softmax, `dP = dO Vᵀ`, `dS = P ⊙ (dP − rowsum(dO ⊙ O))`, times `1 − (S/c)²` where scores are capped:
+/// `dQ = s dS K`, `dK = s dSᵀ Q`, `dV = Pᵀ dO`, key/value gradients summed over the query heads of their group and over the segments that share the rows.
 ///
 /// # Errors
 /// What candle returns for wrong shapes or types.
@@ -139,11 +150,11 @@ pub fn backward(
         let out = per_head(&saved.output, rows)?;
         let lse = saved.log_sum_exp.narrow(0, rows.start, rows.len())?.t()?.unsqueeze(D::Minus1)?;
         let Parts { q, k, v, mask } = Parts::of(q, k, v, heads, segment)?;
-        let scores = (q.matmul(&k.t()?)? * heads.scale)?.broadcast_add(&mask)?;
-        let weights = scores.broadcast_sub(&lse)?.exp()?;
+        let (scores, slope) = capped(&(q.matmul(&k.t()?)? * heads.scale)?, heads.softcap)?;
+        let weights = scores.broadcast_add(&mask)?.broadcast_sub(&lse)?.exp()?;
         let d_weights = d_out.matmul(&v.t()?)?;
         let row_sums = (&d_out * &out)?.sum_keepdim(D::Minus1)?;
-        let d_scores = ((&weights * d_weights.broadcast_sub(&row_sums)?)? * heads.scale)?;
+        let d_scores = ((&weights * d_weights.broadcast_sub(&row_sums)?)? * (slope * heads.scale)?)?;
         dq = dq.slice_scatter(&merge(&d_scores.matmul(&k)?)?, 0, rows.start)?;
         let d_keys = sum_groups(&d_scores.transpose(1, 2)?.contiguous()?.matmul(&q)?, heads)?;
         let d_values = sum_groups(&weights.transpose(1, 2)?.contiguous()?.matmul(&d_out)?, heads)?;
@@ -160,6 +171,17 @@ pub fn backward(
         }
     }
     Ok((dq, dk, dv))
+}
+
+/// Scores `s` as `c tanh(s / c)`, and the derivative `1 − tanh²(s / c)`; as they are where there is no cap.
+fn capped(scores: &Tensor, cap: Option<f64>) -> Result<(Tensor, Tensor)> {
+    match cap {
+        None => Ok((scores.clone(), scores.ones_like()?)),
+        Some(cap) => {
+            let tanh = (scores / cap)?.tanh()?;
+            Ok(((&tanh * cap)?, (1.0 - tanh.sqr()?)?))
+        }
+    }
 }
 
 /// One segment's inputs by head, for the composed form: `q [H, n, E]`, `k, v [H, m, E]` (each key/value head repeated
@@ -185,7 +207,8 @@ impl Parts {
             let groups = heads.queries / heads.keys;
             x.repeat((1, groups, 1, 1))?.reshape((heads.queries, m, heads.dimension))
         };
-        let hidden = |i: usize, j: usize| if j < segment.visible(i) { 0.0 } else { f64::NEG_INFINITY };
+        let hidden =
+            |i: usize, j: usize| if segment.seen(i, heads.window).contains(&j) { 0.0 } else { f64::NEG_INFINITY };
         let mask: Vec<f64> = (0..n).flat_map(|i| (0..m).map(move |j| hidden(i, j))).collect();
         let mask = Tensor::from_vec(mask, (n, m), &candle_core::Device::Cpu)?;
         let mask = mask.to_dtype(if q.dtype() == DType::F64 { DType::F64 } else { DType::F32 })?;
@@ -222,7 +245,14 @@ mod tests {
     use super::*;
     use crate::ops::check::{close, composed, finite_difference, normal};
 
-    const HEADS: Heads = Heads { queries: 4, keys: 2, dimension: 3, scale: 0.6 };
+    const HEADS: Heads = Heads { queries: 4, keys: 2, dimension: 3, scale: 0.6, softcap: None, window: None };
+    /// A window that leaves the prompt, one that lies within a branch, caps that bend the scores.
+    const ALL: [Heads; 4] = [
+        HEADS,
+        Heads { window: Some(4), ..HEADS },
+        Heads { softcap: Some(0.7), ..HEADS },
+        Heads { window: Some(2), softcap: Some(1.1), ..HEADS },
+    ];
 
     /// A prompt of 3 rows with branches of 2 and 4, then a sequence of 5 rows on its own.
     fn segments() -> Segments {
@@ -238,25 +268,31 @@ mod tests {
     #[test]
     fn backward_agrees_with_finite_differences() -> Result<()> {
         let (q, k, v, d_out) = inputs()?;
-        let saved = forward(&q, &k, &v, HEADS, &segments())?;
-        let (dq, dk, dv) = backward(&d_out, &q, &k, &v, &saved, HEADS, &segments())?;
-        let value =
-            |q: &Tensor, k: &Tensor, v: &Tensor| (forward(q, k, v, HEADS, &segments())?.output * &d_out)?.sum_all();
-        finite_difference(&q, &dq, |q| value(q, &k, &v))?;
-        finite_difference(&k, &dk, |k| value(&q, k, &v))?;
-        finite_difference(&v, &dv, |v| value(&q, &k, v))
+        for heads in ALL {
+            let saved = forward(&q, &k, &v, heads, &segments())?;
+            let (dq, dk, dv) = backward(&d_out, &q, &k, &v, &saved, heads, &segments())?;
+            let value = |q: &Tensor, k: &Tensor, v: &Tensor| {
+                (forward(q, k, v, heads, &segments())?.output * &d_out)?.sum_all()
+            };
+            finite_difference(&q, &dq, |q| value(q, &k, &v))?;
+            finite_difference(&k, &dk, |k| value(&q, k, &v))?;
+            finite_difference(&v, &dv, |v| value(&q, &k, v))?;
+        }
+        Ok(())
     }
 
     #[test]
     fn kernel_equals_composed_form() -> Result<()> {
         let (q, k, v, d_out) = inputs()?;
-        let both = || {
-            let saved = forward(&q, &k, &v, HEADS, &segments())?;
-            let (dq, dk, dv) = backward(&d_out, &q, &k, &v, &saved, HEADS, &segments())?;
-            Ok([saved.output, saved.log_sum_exp, dq, dk, dv])
-        };
-        for (kernel, plain) in both()?.iter().zip(&composed(both)?) {
-            close(kernel, plain, 1e-12)?;
+        for heads in ALL {
+            let both = || {
+                let saved = forward(&q, &k, &v, heads, &segments())?;
+                let (dq, dk, dv) = backward(&d_out, &q, &k, &v, &saved, heads, &segments())?;
+                Ok([saved.output, saved.log_sum_exp, dq, dk, dv])
+            };
+            for (kernel, plain) in both()?.iter().zip(&composed(both)?) {
+                close(kernel, plain, 1e-12)?;
+            }
         }
         Ok(())
     }
@@ -265,12 +301,12 @@ mod tests {
     fn a_shared_prompt_equals_two_sequences() -> Result<()> {
         // rows: prompt 0..3, branch 3..5, branch 5..9; apart: 0..3 ++ 3..5 and 0..3 ++ 5..9
         let (q, k, v, _) = inputs()?;
-        let shared = forward(&q, &k, &v, HEADS, &segments())?.output;
-        for branch in [3..5usize, 5..9] {
+        for (heads, branch) in ALL.into_iter().flat_map(|heads| [(heads, 3..5usize), (heads, 5..9)]) {
+            let shared = forward(&q, &k, &v, heads, &segments())?.output;
             let pick = |x: &Tensor| Tensor::cat(&[x.narrow(0, 0, 3)?, x.narrow(0, branch.start, branch.len())?], 0);
             let rows = 0..3 + branch.len();
             let alone = Segments::new(vec![vec![Segment { queries: rows.clone(), prefix: 0..0, own: rows }]]);
-            let apart = forward(&pick(&q)?, &pick(&k)?, &pick(&v)?, HEADS, &alone)?.output;
+            let apart = forward(&pick(&q)?, &pick(&k)?, &pick(&v)?, heads, &alone)?.output;
             close(&apart, &pick(&shared)?, 1e-14)?;
         }
         Ok(())
@@ -291,17 +327,21 @@ mod tests {
     #[test]
     fn a_long_segment_crosses_the_kernels_tiles() -> Result<()> {
         let rows = cpu::attention::TILE * 2 + 5;
-        let heads = Heads { queries: 2, keys: 1, dimension: 4, scale: 0.5 };
+        let heads = Heads { queries: 2, keys: 1, dimension: 4, scale: 0.5, softcap: None, window: None };
         let (q, k, v) = (normal(1, (rows, 8))?, normal(2, (rows, 4))?, normal(3, (rows, 4))?);
         let d_out = normal(4, (rows, 8))?;
         let segments = Segments::new(vec![vec![Segment { queries: 0..rows, prefix: 0..0, own: 0..rows }]]);
-        let both = || {
-            let saved = forward(&q, &k, &v, heads, &segments)?;
-            let (dq, dk, dv) = backward(&d_out, &q, &k, &v, &saved, heads, &segments)?;
-            Ok([saved.output, saved.log_sum_exp, dq, dk, dv])
-        };
-        for (kernel, plain) in both()?.iter().zip(&composed(both)?) {
-            close(kernel, plain, 1e-11)?;
+        // within a tile, over two, and all
+        for window in [Some(20), Some(cpu::attention::TILE + 9), None] {
+            let heads = Heads { window, ..heads };
+            let both = || {
+                let saved = forward(&q, &k, &v, heads, &segments)?;
+                let (dq, dk, dv) = backward(&d_out, &q, &k, &v, &saved, heads, &segments)?;
+                Ok([saved.output, saved.log_sum_exp, dq, dk, dv])
+            };
+            for (kernel, plain) in both()?.iter().zip(&composed(both)?) {
+                close(kernel, plain, 1e-11)?;
+            }
         }
         Ok(())
     }

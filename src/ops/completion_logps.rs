@@ -15,6 +15,16 @@ use candle_core::{D, Result, Tensor};
 
 use super::cpu::{self, Real, filled, for_real, tensor, values};
 use super::has_kernel;
+use crate::quant::Weight;
+
+/// What turns hidden states into logits.
+#[derive(Debug, Clone, Copy)]
+pub struct Head<'a> {
+    /// `[V, D]`
+    pub weight: &'a Weight,
+    /// Logits `z` become `c tanh(z / c)`; the gradient of each then carries `1 − (z / c)²`.
+    pub softcap: Option<f64>,
+}
 
 /// What one scored row gave.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -41,18 +51,18 @@ pub enum Want {
 /// Rows of logits that the composed form holds at once.
 const CHUNK: usize = 256;
 
-/// Scores `targets [S]` at the rows of `hidden [S, D]` under the head `weight [V, D]`. `U` is `[S, D]`.
+/// Scores `targets [S]` at the rows of `hidden [S, D]`. `U` is `[S, D]`.
 ///
 /// # Errors
 /// A target outside the vocabulary, or what candle returns for wrong shapes or types.
 pub fn score(
     hidden: &Tensor,
-    weight: &Tensor,
+    head: Head<'_>,
     targets: &[u32],
     want: Want,
 ) -> Result<(Vec<TokenScore>, Option<Tensor>)> {
     let (rows, _) = hidden.dims2()?;
-    let (vocabulary, _) = weight.dims2()?;
+    let (vocabulary, _) = head.weight.dims()?;
     if rows != targets.len() {
         candle_core::bail!("head: {rows} rows and {} targets", targets.len())
     }
@@ -60,12 +70,18 @@ pub fn score(
         candle_core::bail!("token {target} is outside the model's vocabulary of {vocabulary}")
     }
     if has_kernel(hidden) {
-        return cpu::completion_logps::score(hidden, weight, targets, want);
+        return cpu::completion_logps::score(hidden, head, targets, want);
     }
+    let weight = head.weight.dense(hidden.dtype())?;
     let (mut scores, mut gradients) = (Vec::with_capacity(rows), Vec::new());
     for (i, targets) in targets.chunks(CHUNK).enumerate() {
         let hidden = hidden.narrow(0, i * CHUNK, targets.len())?;
-        let logits = hidden.matmul(&weight.t()?)?;
+        let mut logits = hidden.matmul(&weight.t()?)?;
+        let mut slope = None;
+        if let Some(cap) = head.softcap {
+            let tanh = (logits / cap)?.tanh()?;
+            (logits, slope) = ((&tanh * cap)?, Some((1.0 - tanh.sqr()?)?));
+        }
         let largest = logits.max_keepdim(D::Minus1)?;
         let exps = logits.broadcast_sub(&largest)?.exp()?;
         let sums = exps.sum_keepdim(D::Minus1)?;
@@ -87,7 +103,11 @@ pub fn score(
         }
         if want == Want::Gradient {
             let one = Tensor::ones((targets.len(), 1), hidden.dtype(), hidden.device())?;
-            gradients.push(softmax.neg()?.scatter_add(&index, &one, 1)?.matmul(weight)?);
+            let mut by_logit = softmax.neg()?.scatter_add(&index, &one, 1)?;
+            if let Some(slope) = slope {
+                by_logit = (by_logit * slope)?;
+            }
+            gradients.push(by_logit.matmul(&weight)?);
         }
     }
     let gradient = match want {
@@ -129,10 +149,12 @@ mod tests {
     use super::*;
     use crate::ops::check::{close, composed, finite_difference, normal};
 
-    fn inputs(rows: usize) -> Result<(Tensor, Tensor, Vec<u32>)> {
+    fn inputs(rows: usize) -> Result<(Tensor, Weight, Vec<u32>)> {
         let targets = (0..rows).map(|row| (row * 7 % 23) as u32).collect();
-        Ok((normal(1, (rows, 6))?, normal(2, (23, 6))?, targets))
+        Ok((normal(1, (rows, 6))?, Weight::Dense(normal(2, (23, 6))?), targets))
     }
+
+    const CAPS: [Option<f64>; 2] = [None, Some(1.3)];
 
     #[test]
     fn the_gradient_agrees_with_finite_differences() -> Result<()> {
@@ -140,27 +162,33 @@ mod tests {
         // another factor for each row, as a loss over several sequences has
         let g = normal(3, 5)?;
         let slopes = g.to_vec1::<f64>()?;
-        let u = score(&hidden, &weight, &targets, Want::Gradient)?.1.expect("asked for");
-        close(&backward(&u, &slopes)?, &composed(|| backward(&u, &slopes))?, 0.0)?;
-        finite_difference(&hidden, &backward(&u, &slopes)?, |hidden| {
-            let logps = score(hidden, &weight, &targets, Want::Scores)?.0;
-            let logps: Vec<f64> = logps.iter().map(|score| score.logp).collect();
-            (Tensor::new(logps, hidden.device())? * &g)?.sum_all()
-        })
+        for softcap in CAPS {
+            let head = Head { weight: &weight, softcap };
+            let u = score(&hidden, head, &targets, Want::Gradient)?.1.expect("asked for");
+            close(&backward(&u, &slopes)?, &composed(|| backward(&u, &slopes))?, 0.0)?;
+            finite_difference(&hidden, &backward(&u, &slopes)?, |hidden| {
+                let logps = score(hidden, head, &targets, Want::Scores)?.0;
+                let logps: Vec<f64> = logps.iter().map(|score| score.logp).collect();
+                (Tensor::new(logps, hidden.device())? * &g)?.sum_all()
+            })?;
+        }
+        Ok(())
     }
 
     #[test]
     fn kernel_equals_composed_form_over_several_blocks_and_panels() -> Result<()> {
-        let (hidden, weight) = (normal(1, (1027, 3))?, normal(2, (4099, 3))?);
+        let (hidden, weight) = (normal(1, (1027, 3))?, Weight::Dense(normal(2, (4099, 3))?));
         let targets: Vec<u32> = (0..1027).map(|i| i * 977 % 4099).collect();
-        let both = || score(&hidden, &weight, &targets, Want::Gradient);
-        let ((kernel, kernel_u), (plain, plain_u)) = (both()?, composed(both)?);
-        close(&kernel_u.expect("asked for"), &plain_u.expect("asked for"), 1e-12)?;
-        for (a, b) in kernel.iter().zip(&plain) {
-            assert!((a.logp - b.logp).abs() < 1e-12);
-            assert!((a.entropy - b.entropy).abs() < 1e-12);
-            assert!((a.mean_logit - b.mean_logit).abs() < 1e-12);
-            assert_eq!(a.top1, b.top1);
+        for softcap in CAPS {
+            let both = || score(&hidden, Head { weight: &weight, softcap }, &targets, Want::Gradient);
+            let ((kernel, kernel_u), (plain, plain_u)) = (both()?, composed(both)?);
+            close(&kernel_u.expect("asked for"), &plain_u.expect("asked for"), 1e-12)?;
+            for (a, b) in kernel.iter().zip(&plain) {
+                assert!((a.logp - b.logp).abs() < 1e-12);
+                assert!((a.entropy - b.entropy).abs() < 1e-12);
+                assert!((a.mean_logit - b.mean_logit).abs() < 1e-12);
+                assert_eq!(a.top1, b.top1);
+            }
         }
         Ok(())
     }
@@ -168,8 +196,8 @@ mod tests {
     #[test]
     fn huge_logits_stay_finite() -> Result<()> {
         let hidden = Tensor::new(&[[1e4f32, 0.0]], &candle_core::Device::Cpu)?;
-        let weight = Tensor::new(&[[1f32, 0.0], [-1.0, 0.0]], &candle_core::Device::Cpu)?;
-        let scores = score(&hidden, &weight, &[1], Want::Scores)?.0;
+        let weight = Weight::Dense(Tensor::new(&[[1f32, 0.0], [-1.0, 0.0]], &candle_core::Device::Cpu)?);
+        let scores = score(&hidden, Head { weight: &weight, softcap: None }, &[1], Want::Scores)?.0;
         assert_eq!(scores[0].logp, -2e4);
         assert_eq!(scores[0].entropy, 0.0);
         Ok(())
@@ -178,7 +206,8 @@ mod tests {
     #[test]
     fn a_token_outside_the_vocabulary_is_an_error() -> Result<()> {
         let (hidden, weight, _) = inputs(1)?;
-        let error = score(&hidden, &weight, &[23], Want::Scores).expect_err("23 is one too many");
+        let error = score(&hidden, Head { weight: &weight, softcap: None }, &[23], Want::Scores)
+            .expect_err("23 is one too many");
         assert!(error.to_string().contains("vocabulary of 23"));
         Ok(())
     }

@@ -8,9 +8,11 @@
 use candle_core::{Result, Tensor};
 
 use super::cpu::gemm::{Matrix, Onto, Threads, gemm, product};
+use super::cpu::weight::panels;
 use super::cpu::{Real, Values, filled, for_real, tensor, values};
 use super::dropout::{self, Dropout};
 use super::{dims2, has_kernel};
+use crate::quant::Weight;
 
 /// The update `s B A` of one matrix.
 #[derive(Debug, Clone, Copy)]
@@ -39,7 +41,7 @@ impl LowRank<'_> {
 #[derive(Debug, Clone, Copy)]
 pub struct Branch<'a> {
     /// `[out, in]`
-    pub weight: &'a Tensor,
+    pub weight: &'a Weight,
     /// `[out]`
     pub bias: Option<&'a Tensor>,
     /// The adapter.
@@ -145,19 +147,21 @@ fn one(x: &Tensor, branch: &Branch<'_>, update: Option<Update<'_>>, residual: Op
     let Branch { weight, bias, .. } = branch;
     if has_kernel(x) {
         return for_real!(x, T => {
-            let (x, w) = (mat::<T>(x)?, mat(weight)?);
-            let width = w.rows;
+            let (x, width) = (mat::<T>(x)?, weight.dims()?.0);
             let start = match (residual, bias) {
                 (Some(residual), bias) => Some(added::<T>(&values(residual)?, *bias, width)?),
                 (None, Some(bias)) => Some(repeated::<T>(&values(bias)?, x.rows)),
                 (None, None) => None,
             };
-            let mut y = match start {
-                Some(mut y) => {
-                    gemm(&mut y, width, Onto::Existing, 1.0, x.get(), w.get().t(), Threads::All);
+            let mut y = match (start, weight) {
+                (None, Weight::Dense(weight)) => product(x.get(), mat(weight)?.get().t()),
+                (start, _) => {
+                    let mut y = start.unwrap_or_else(|| vec![T::of(0.0); x.rows * width]);
+                    panels(weight, None, |rows, w| {
+                        gemm(&mut y[rows.start..], width, Onto::Existing, 1.0, x.get(), w.t(), Threads::All);
+                    })?;
                     y
                 }
-                None => product(x.get(), w.get().t()),
             };
             if let Some((update, inner, columns)) = update {
                 let (inner, b) = (mat::<T>(inner)?, mat(update.b)?);
@@ -166,7 +170,7 @@ fn one(x: &Tensor, branch: &Branch<'_>, update: Option<Update<'_>>, residual: Op
             tensor(y, (x.rows, width))
         });
     }
-    let mut y = x.matmul(&weight.t()?)?;
+    let mut y = x.matmul(&weight.dense(x.dtype())?.t()?)?;
     if let Some(bias) = bias {
         y = y.broadcast_add(bias)?;
     }
@@ -226,13 +230,13 @@ pub fn input_gradient<const N: usize>(
     branches: &[Branch<'_>; N],
     g: Option<&Tensor>,
 ) -> Result<Tensor> {
-    let frozen = || dy.into_iter().zip(branches.iter().map(|branch| branch.weight));
     let stack = Stack::of(branches)?.zip(g);
-    let Some((stack, g)) = stack else { return sum_of_products(frozen()) };
-    if !stack.has_dropout() {
-        return sum_of_products(frozen().chain([(g, &stack.a()?)]));
-    }
-    let mut dx = sum_of_products(frozen())?;
+    let update = match &stack {
+        Some((stack, g)) if !stack.has_dropout() => Some((*g, stack.a()?)),
+        _ => None,
+    };
+    let mut dx = sum_of_products(dy, branches, update.as_ref().map(|(g, a)| (*g, a)))?;
+    let Some((stack, g)) = stack.filter(|_| update.is_none()) else { return Ok(dx) };
     for (_, update, columns) in stack.with_columns() {
         let mut back = g.narrow(1, columns.start, columns.len())?.matmul(update.a)?;
         if let Some(dropout) = &update.dropout {
@@ -281,22 +285,44 @@ pub fn update_gradients<const N: usize>(
     Ok(gradients)
 }
 
-/// `Σ dy W`
-fn sum_of_products<'t>(mut terms: impl Iterator<Item = (&'t Tensor, &'t Tensor)>) -> Result<Tensor> {
-    let Some((first, w)) = terms.next() else { candle_core::bail!("no branch") };
+/// `Σ dy W`, and `G A`
+fn sum_of_products<const N: usize>(
+    dy: [&Tensor; N],
+    branches: &[Branch<'_>; N],
+    update: Option<(&Tensor, &Tensor)>,
+) -> Result<Tensor> {
+    let mut terms = dy.into_iter().zip(branches.iter().map(|branch| branch.weight));
+    let Some((first, weight)) = terms.next() else { candle_core::bail!("no branch") };
     if has_kernel(first) {
         return for_real!(first, T => {
-            let (first, w) = (mat::<T>(first)?, mat(w)?);
-            let (mut dx, columns) = (product(first.get(), w.get()), w.columns);
-            for (dy, w) in terms {
-                let (dy, w) = (mat::<T>(dy)?, mat(w)?);
-                gemm(&mut dx, columns, Onto::Existing, 1.0, dy.get(), w.get(), Threads::All);
+            let (rows, columns) = (dims2(first)?.0, weight.dims()?.1);
+            let onto = |dx: &mut [T], dy: &Tensor, weight: &Weight| {
+                let dy = mat::<T>(dy)?;
+                panels(weight, None, |rows, w| {
+                    gemm(dx, columns, Onto::Existing, 1.0, dy.columns(rows), w, Threads::All);
+                })
+            };
+            let mut dx = match weight {
+                Weight::Dense(weight) => product(mat::<T>(first)?.get(), mat(weight)?.get()),
+                Weight::Quantized(_) => {
+                    let mut dx = vec![T::of(0.0); rows * columns];
+                    onto(&mut dx, first, weight)?;
+                    dx
+                }
+            };
+            for (dy, weight) in terms {
+                onto(&mut dx, dy, weight)?;
             }
-            tensor(dx, (first.rows, columns))
+            if let Some((g, a)) = update {
+                let (g, a) = (mat::<T>(g)?, mat(a)?);
+                gemm(&mut dx, columns, Onto::Existing, 1.0, g.get(), a.get(), Threads::All);
+            }
+            tensor(dx, (rows, columns))
         });
     }
-    let first = first.matmul(w)?;
-    terms.try_fold(first, |sum, (dy, w)| sum + dy.matmul(w)?)
+    let first = first.matmul(&weight.dense(first.dtype())?)?;
+    let dx = terms.try_fold(first, |sum, (dy, weight)| sum + dy.matmul(&weight.dense(dy.dtype())?)?)?;
+    update.map_or(Ok(dx.clone()), |(g, a)| dx + g.matmul(a)?)
 }
 
 /// A residual with a bias on every row.
@@ -344,6 +370,8 @@ impl<T: Real> Borrowed<'_, T> {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::DType;
+
     use super::*;
     use crate::ops::check::{close, composed, finite_difference, normal};
 
@@ -353,7 +381,7 @@ mod tests {
     struct Case {
         x: Tensor,
         residual: Tensor,
-        weights: [Tensor; 3],
+        weights: [Weight; 3],
         bias: Option<Tensor>,
         a: [Tensor; 2],
         b: [Tensor; 2],
@@ -365,7 +393,7 @@ mod tests {
         Ok(Case {
             x: normal(1, (6, 5))?,
             residual: normal(8, (6, 7))?,
-            weights: [normal(2, (7, 5))?, normal(12, (7, 5))?, normal(22, (7, 5))?],
+            weights: [normal(2, (7, 5))?, normal(12, (7, 5))?, normal(22, (7, 5))?].map(Weight::Dense),
             bias: bias.then(|| normal(3, 7)).transpose()?,
             a: [normal(4, (2, 5))?, normal(14, (3, 5))?],
             b: [normal(5, (7, 2))?, normal(15, (7, 3))?],
@@ -455,7 +483,7 @@ mod tests {
         let case = case(None, false)?;
         let update = LowRank { a: &case.a[0], b: &case.b[0], scale: 2.5, dropout: None };
         let branch = Branch { weight: &case.weights[0], bias: None, update: Some(update) };
-        let merged = (&case.weights[0] + (case.b[0].matmul(&case.a[0])? * 2.5)?)?;
+        let merged = (case.weights[0].dense(DType::F64)? + (case.b[0].matmul(&case.a[0])? * 2.5)?)?;
         let ([y], _) = forward(&case.x, &[branch], None)?;
         close(&y, &case.x.matmul(&merged.t()?)?, 1e-14)
     }
@@ -478,8 +506,9 @@ mod tests {
     #[test]
     fn an_update_with_b_zero_changes_no_bit() -> Result<()> {
         let case = case(None, false)?;
-        let single = |tensor: &Tensor| tensor.to_dtype(candle_core::DType::F32);
-        let (x, weight) = (single(&case.x)?, single(&case.weights[0])?);
+        let single = |tensor: &Tensor| tensor.to_dtype(DType::F32);
+        let weight = Weight::Dense(case.weights[0].dense(DType::F32)?);
+        let x = single(&case.x)?;
         let (a, b) = (single(&case.a[0])?, single(&case.b[0].zeros_like()?)?);
         let with = |update| {
             Ok::<_, candle_core::Error>(forward(&x, &[Branch { weight: &weight, bias: None, update }], None)?.0)

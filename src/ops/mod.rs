@@ -10,7 +10,7 @@
 //! |---|---|---|
 //! | [`norm`] | RMSNorm | [`Decoder`](crate::model::Decoder) layers |
 //! | [`rope`] | rotary position embedding, HF's rotate-half form | queries and keys |
-//! | [`swiglu`] | `silu(gate) * up` | the MLP |
+//! | [`glu`] | `act(gate) * up` | the MLP |
 //! | [`attention`] | causal attention over segments of one packed batch | every layer |
 //! | [`linear`] | frozen matrices over one input, each plus a low-rank update | every projection |
 //! | [`dropout`] | the adapter input's dropout, repeatable from a key | adapters |
@@ -27,11 +27,11 @@ pub mod attention;
 pub mod completion_logps;
 pub(crate) mod cpu;
 pub mod dropout;
+pub mod glu;
 pub mod linear;
 pub mod norm;
 pub mod rope;
 pub mod rows;
-pub mod swiglu;
 
 #[cfg(test)]
 pub(crate) mod check;

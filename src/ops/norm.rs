@@ -28,12 +28,12 @@ pub fn again(x: &Tensor, weight: &Tensor, rho: &Tensor) -> Result<Tensor> {
     x.broadcast_mul(&rho.unsqueeze(D::Minus1)?)?.broadcast_mul(weight)
 }
 
-/// `onto [T, D]`, the gradient that comes by the residual, plus the gradient of `x`:
+/// `onto [T, D]`, the gradient that comes by the residual where there is one, plus the gradient of `x`:
 /// `ρ (w ⊙ dy) − x ρ³/D ⟨w ⊙ dy, x⟩`. The weight is frozen and has none.
 ///
 /// # Errors
 /// What candle returns for wrong shapes or types.
-pub fn backward(dy: &Tensor, x: &Tensor, weight: &Tensor, rho: &Tensor, onto: &Tensor) -> Result<Tensor> {
+pub fn backward(dy: &Tensor, x: &Tensor, weight: &Tensor, rho: &Tensor, onto: Option<&Tensor>) -> Result<Tensor> {
     if has_kernel(x) {
         return cpu::norm::backward(dy, x, weight, rho, onto);
     }
@@ -41,7 +41,8 @@ pub fn backward(dy: &Tensor, x: &Tensor, weight: &Tensor, rho: &Tensor, onto: &T
     let wdy = dy.broadcast_mul(weight)?;
     let mean = (&wdy * x)?.mean_keepdim(D::Minus1)?;
     let along = x.broadcast_mul(&(mean * rho.powf(3.0)?)?)?;
-    onto + (wdy.broadcast_mul(&rho)? - along)?
+    let dx = (wdy.broadcast_mul(&rho)? - along)?;
+    onto.map_or(Ok(dx.clone()), |onto| onto + dx)
 }
 
 #[cfg(test)]
@@ -55,9 +56,10 @@ mod tests {
         let dy = normal(3, (5, 19))?;
         let residual = normal(4, (5, 19))?;
         let (_, rho) = forward(&x, &weight, 1e-5)?;
-        let dx = backward(&dy, &x, &weight, &rho, &residual)?;
-        let value = |x: &Tensor| ((forward(x, &weight, 1e-5)?.0 * &dy)? + (x * &residual)?)?.sum_all();
-        finite_difference(&x, &dx, value)
+        let value = |x: &Tensor| (forward(x, &weight, 1e-5)?.0 * &dy)?.sum_all();
+        finite_difference(&x, &backward(&dy, &x, &weight, &rho, None)?, value)?;
+        let dx = backward(&dy, &x, &weight, &rho, Some(&residual))?;
+        finite_difference(&x, &dx, |x| value(x)? + (x * &residual)?.sum_all()?)
     }
 
     #[test]
@@ -65,10 +67,10 @@ mod tests {
         // 33 columns: one more than two vector blocks, so that the remainder loop runs
         let (x, weight, dy) = (normal(1, (7, 33))?, normal(2, 33)?, normal(3, (7, 33))?);
         let (y, rho) = forward(&x, &weight, 1e-6)?;
-        let dx = backward(&dy, &x, &weight, &rho, &y)?;
+        let dx = backward(&dy, &x, &weight, &rho, Some(&y))?;
         let (plain_y, plain_rho, plain_dx) = composed(|| {
             let (y, rho) = forward(&x, &weight, 1e-6)?;
-            let dx = backward(&dy, &x, &weight, &rho, &y)?;
+            let dx = backward(&dy, &x, &weight, &rho, Some(&y))?;
             Ok((y, rho, dx))
         })?;
         close(&y, &plain_y, 1e-12)?;

@@ -16,7 +16,7 @@ pub struct Angles {
     sin: Tensor,
 }
 
-/// Forward turns by `+θ`; backward, being the transpose of a rotation, by `−θ`.
+/// Forward turns by `+θ`; backward, being the transpose of a rotation (and of what it is scaled by), by `−θ`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Turn {
     /// By `+θ`: the embedding.
@@ -26,21 +26,27 @@ pub enum Turn {
 }
 
 impl Angles {
-    /// The angles of rows at `positions`.
+    /// The angles of rows at `positions`, by each row's inverse frequencies; cosines and sines times `factor`.
     ///
     /// They are products in f32, as transformers computes them: an exact angle would differ from what the model was
     /// trained with by up to `position · 6e-8`.
     ///
     /// # Errors
     /// What candle returns.
-    pub fn new(inverse_frequencies: &[f32], positions: &[u32], dtype: DType, device: &Device) -> Result<Self> {
-        let angles: Vec<f32> = positions
-            .par_iter()
-            .flat_map_iter(|&position| inverse_frequencies.iter().map(move |f| position as f32 * f))
-            .collect();
+    pub fn new<'f>(
+        inverse_frequencies: impl Fn(usize) -> &'f [f32] + Sync,
+        positions: &[u32],
+        factor: f32,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let half = if positions.is_empty() { 0 } else { inverse_frequencies(0).len() };
+        let of_row =
+            |(row, &position): (usize, &u32)| inverse_frequencies(row).iter().map(move |f| position as f32 * f);
+        let angles: Vec<f32> = positions.par_iter().enumerate().flat_map_iter(of_row).collect();
         let table = |of: fn(f64) -> f64| {
-            let values: Vec<f32> = angles.par_iter().map(|&angle| of(f64::from(angle)) as f32).collect();
-            Tensor::from_vec(values, (positions.len(), inverse_frequencies.len()), device)?.to_dtype(dtype)
+            let values: Vec<f32> = angles.par_iter().map(|&angle| of(f64::from(angle)) as f32 * factor).collect();
+            Tensor::from_vec(values, (positions.len(), half), device)?.to_dtype(dtype)
         };
         Ok(Self { cos: table(f64::cos)?, sin: table(f64::sin)? })
     }
@@ -83,7 +89,7 @@ mod tests {
     use crate::ops::check::{close, composed, finite_difference, normal};
 
     fn angles(positions: &[u32]) -> Result<Angles> {
-        Angles::new(&[1.0, 0.3, 0.01], positions, DType::F64, &Device::Cpu)
+        Angles::new(|_| &[1.0, 0.3, 0.01], positions, 1.25, DType::F64, &Device::Cpu)
     }
 
     #[test]

@@ -64,7 +64,7 @@ pub struct Inventory {
 impl Inventory {
     /// What neither rows nor levels change; `data` and `tokenizer` are their bytes.
     fn fixed(shape: &Shape, data: usize, tokenizer: usize) -> Self {
-        let (base, adapters) = (F32 * shape.decoder.num_parameters(), F32 * shape.adapter_parameters());
+        let (base, adapters) = (shape.decoder.num_bytes(), F32 * shape.adapter_parameters());
         let (gradients, optimizer) = (adapters, 2 * adapters);
         Self { base, adapters, gradients, optimizer, saved: 0, scratch: 0, data, tokenizer, program: PROGRAM }
     }

@@ -69,7 +69,7 @@ fn a_model_type_that_is_not_supported() {
     let place = Place::new();
     model(&place);
     place.write("model/config.json", place.read("model/config.json").replace("\"llama\"", "\"mamba\""));
-    says(&refused(&place, &OWN_MODEL), &["config.json", "model_type is `mamba`", "supported: llama"]);
+    says(&refused(&place, &OWN_MODEL), &["config.json", "`model_type` is `mamba`", "supported: llama"]);
 }
 
 #[test]

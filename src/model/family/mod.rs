@@ -1,19 +1,33 @@
 //! Model families: a file for each `model_type` of Hugging Face's `config.json`, which becomes a [`DecoderConfig`].
 //!
-//! | `model_type` | file |
-//! |---|---|
-//! | `llama` (Llama 2 and 3, TinyLlama, SmolLM2) | `llama` |
+//! | `model_type` | GGUF architecture | file |
+//! |---|---|---|
+//! | `llama` (Llama 2 and 3, TinyLlama, SmolLM2) | `llama` | `llama` |
+//! | `mistral` | `llama` | `mistral` |
+//! | `qwen2` (and 2.5), `qwen3` | `qwen2`, `qwen3` | `qwen` |
+//! | `gemma2`, `gemma3_text`, the text part of `gemma3` | `gemma2`, `gemma3` | `gemma` |
+//! | `phi3` (Phi 3 and 3.5, Phi 4) | `phi3` | `phi3` |
+//! | `smollm3` | `smollm3` | `smollm3` |
 //!
 //! To add one: its file with `fn decoder(&ConfigJson) -> Result<DecoderConfig, ModelError>`, a variant of [`Family`],
 //! and golden logits beside the others.
 
+mod gemma;
 mod llama;
+mod mistral;
+mod phi3;
+mod qwen;
+mod rope;
+mod smollm3;
 
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::config::{Biases, LayerConfig};
 use super::{DecoderConfig, ModelError};
+use crate::ops::glu::Activation;
+use crate::quant::Quant;
 use crate::tensor_file::read_text;
 
 /// The families the decoder can be.
@@ -21,11 +35,37 @@ use crate::tensor_file::read_text;
 pub enum Family {
     /// `llama`
     Llama,
+    /// `mistral`
+    Mistral,
+    /// `qwen2`
+    Qwen2,
+    /// `qwen3`
+    Qwen3,
+    /// `gemma2`
+    Gemma2,
+    /// `gemma3_text`
+    Gemma3,
+    /// `gemma3`, of which the text part is used.
+    Gemma3WithImages,
+    /// `phi3`
+    Phi3,
+    /// `smollm3`
+    SmolLm3,
 }
 
 impl Family {
     /// All of them, with their `model_type`.
-    pub const ALL: [(&str, Self); 1] = [("llama", Self::Llama)];
+    pub const ALL: [(&str, Self); 9] = [
+        ("llama", Self::Llama),
+        ("mistral", Self::Mistral),
+        ("qwen2", Self::Qwen2),
+        ("qwen3", Self::Qwen3),
+        ("gemma2", Self::Gemma2),
+        ("gemma3_text", Self::Gemma3),
+        ("gemma3", Self::Gemma3WithImages),
+        ("phi3", Self::Phi3),
+        ("smollm3", Self::SmolLm3),
+    ];
 }
 
 /// Reads `config.json` of a model folder.
@@ -33,39 +73,253 @@ impl Family {
 /// # Errors
 /// The file is missing or broken, or describes a model that the decoder is not.
 pub fn read_config(folder: &Path) -> Result<DecoderConfig, ModelError> {
-    let config = ConfigJson::read(&folder.join("config.json"))?;
-    let model_type = config.text("model_type")?;
-    let Some((_, family)) = Family::ALL.iter().find(|(name, _)| *name == model_type) else {
-        let known = Family::ALL.map(|(name, _)| name).join(", ");
-        return Err(config.error(
-            format!("model_type is `{model_type}`, which is not supported"),
-            Some(format!("supported: {known}")),
-        ));
-    };
-    let decoder = match family {
-        Family::Llama => llama::decoder(&config)?,
-    };
-    config.check(&decoder)?;
-    Ok(decoder)
+    let file = folder.join("config.json");
+    let text = read_text(&file)?;
+    let value = serde_json::from_str(&text).map_err(|e| ModelError::File {
+        file: file.clone(),
+        problem: format!("is no JSON: {e}"),
+        help: None,
+    })?;
+    from_json(&file, value)
 }
 
-/// A `config.json`, with errors that name the file and the field.
+/// The decoder that a config describes; `file` is named in errors.
+///
+/// # Errors
+/// See [`read_config`].
+pub fn from_json(file: &Path, value: Value) -> Result<DecoderConfig, ModelError> {
+    ConfigJson { file: file.to_owned(), value, gguf: false }.read()
+}
+
+/// A `config.json`, or a GGUF file's metadata under the same names, with errors that name the file and the field.
 #[derive(Debug)]
 pub struct ConfigJson {
     file: PathBuf,
     value: Value,
+    gguf: bool,
+}
+
+/// What a family's files may leave out; `None` has to be there.
+#[derive(Debug, Clone, Copy)]
+struct Defaults {
+    num_attention_heads: Option<usize>,
+    /// None: as many as query heads.
+    num_key_value_heads: Option<usize>,
+    /// None: the hidden size over the query heads.
+    head_dim: Option<usize>,
+    vocab_size: Option<usize>,
+    rms_norm_eps: Option<f64>,
+    tie_word_embeddings: bool,
+    rope_theta: f64,
+    /// Whether there is one table for all layers.
+    rope: bool,
+}
+
+impl Default for Defaults {
+    fn default() -> Self {
+        Self {
+            num_attention_heads: None,
+            num_key_value_heads: None,
+            head_dim: None,
+            vocab_size: None,
+            rms_norm_eps: None,
+            tie_word_embeddings: false,
+            rope_theta: 1e4,
+            rope: true,
+        }
+    }
+}
+
+/// Why a model that is not supported is not, where its name says it.
+fn refusal(model_type: &str) -> Option<&'static str> {
+    const EXPERTS: [&str; 14] = [
+        "mixtral",
+        "qwen2_moe",
+        "qwen3_moe",
+        "qwen3_next",
+        "olmoe",
+        "deepseek_v2",
+        "deepseek_v3",
+        "gpt_oss",
+        "granitemoe",
+        "phimoe",
+        "dbrx",
+        "jamba",
+        "glm4_moe",
+        "llama4_text",
+    ];
+    const SENSES: [&str; 16] = [
+        "llava",
+        "llava_next",
+        "mllama",
+        "llama4",
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "qwen3_vl",
+        "qwen2_audio",
+        "idefics3",
+        "smolvlm",
+        "paligemma",
+        "gemma3n",
+        "mistral3",
+        "phi4_multimodal",
+        "internvl",
+        "pixtral",
+    ];
+    if EXPERTS.contains(&model_type) {
+        Some("is a mixture of experts; only dense models are trained")
+    } else if SENSES.contains(&model_type) {
+        Some("reads images or sound; only language models are trained")
+    } else {
+        None
+    }
 }
 
 impl ConfigJson {
-    fn read(file: &Path) -> Result<Self, ModelError> {
-        let text = read_text(file)?;
-        let error = |problem: String| ModelError::File { file: file.to_owned(), problem, help: None };
-        let value: Value = serde_json::from_str(&text).map_err(|e| error(format!("is no JSON: {e}")))?;
-        if value.is_object() {
-            Ok(Self { file: file.to_owned(), value })
-        } else {
-            Err(error("is no JSON object".into()))
+    fn read(mut self) -> Result<DecoderConfig, ModelError> {
+        if !self.value.is_object() {
+            return Err(self.error("is no JSON object".into(), None));
         }
+        let model_type = self.text("model_type")?.to_owned();
+        let Some((_, family)) = Family::ALL.iter().find(|(name, _)| *name == model_type) else {
+            let known = Family::ALL.map(|(name, _)| name).join(", ");
+            let why = refusal(&model_type).unwrap_or("is not supported");
+            return Err(
+                self.error(format!("`model_type` is `{model_type}`: it {why}"), Some(format!("supported: {known}")))
+            );
+        };
+        let decoder = match family {
+            Family::Llama => llama::decoder(&self)?,
+            Family::Mistral => mistral::decoder(&self)?,
+            Family::Qwen2 => qwen::qwen2(&self)?,
+            Family::Qwen3 => qwen::qwen3(&self)?,
+            Family::Gemma2 => gemma::gemma2(&self)?,
+            Family::Gemma3 => gemma::gemma3(&self)?,
+            Family::Gemma3WithImages => {
+                self.value = self.get("text_config").clone();
+                if !self.value.is_object() {
+                    return Err(self.error("`text_config` is missing".into(), None));
+                }
+                DecoderConfig { root: "model.language_model", ..gemma::gemma3(&self)? }
+            }
+            Family::Phi3 => phi3::decoder(&self)?,
+            Family::SmolLm3 => smollm3::decoder(&self)?,
+        };
+        self.check(&decoder)?;
+        Ok(decoder)
+    }
+
+    /// A decoder with nothing special, as Llama is.
+    fn plain_decoder(&self) -> Result<DecoderConfig, ModelError> {
+        self.decoder_of(Defaults::default())
+    }
+
+    fn decoder_of(&self, defaults: Defaults) -> Result<DecoderConfig, ModelError> {
+        let size = |key, default: Option<usize>| match default {
+            Some(default) => self.size_or(key, default),
+            None => self.size(key),
+        };
+        let hidden_size = self.size("hidden_size")?;
+        let num_attention_heads = size("num_attention_heads", defaults.num_attention_heads)?;
+        let key_value_heads = defaults.num_key_value_heads.unwrap_or(num_attention_heads);
+        let head_dim = self.head_dim(defaults.head_dim.unwrap_or((hidden_size / num_attention_heads).max(1)))?;
+        let layers = self.size("num_hidden_layers")?;
+        // the list of layers is made from it before any weight is there to contradict it
+        if layers > 1 << 12 {
+            return Err(self.error(format!("`{}` is {layers}, above 4096", self.name("num_hidden_layers")), None));
+        }
+        let experts = ["num_local_experts", "num_experts", "n_routed_experts"];
+        if let Some(key) = experts.into_iter().find(|key| self.get(key).as_u64().is_some_and(|n| n > 0)) {
+            let problem = format!(
+                "`{}` is {}: it is a mixture of experts; only dense models are trained",
+                self.name(key),
+                self.get(key)
+            );
+            return Err(self.error(problem, None));
+        }
+        let ropes = if defaults.rope { vec![self.rope(head_dim, defaults.rope_theta)?] } else { Vec::new() };
+        let epsilon = match defaults.rms_norm_eps {
+            Some(default) => self.number_or("rms_norm_eps", default)?,
+            None => self.number("rms_norm_eps")?,
+        };
+        Ok(DecoderConfig {
+            hidden_size,
+            intermediate_size: self.size("intermediate_size")?,
+            layers: vec![LayerConfig { rope: Some(0), window: None }; layers],
+            num_attention_heads,
+            num_key_value_heads: self.size_or("num_key_value_heads", key_value_heads)?,
+            head_dim,
+            vocab_size: size("vocab_size", defaults.vocab_size)?,
+            rms_norm_eps: epsilon,
+            max_position_embeddings: self.size_or("max_position_embeddings", 2048)?,
+            ropes,
+            tie_word_embeddings: self.flag_or("tie_word_embeddings", defaults.tie_word_embeddings)?,
+            biases: Biases::default(),
+            qk_norm: false,
+            post_norms: false,
+            norm_offset: false,
+            fused: false,
+            activation: Activation::Silu,
+            attention_scale: (head_dim as f64).powf(-0.5),
+            attention_softcap: None,
+            logit_softcap: None,
+            embedding_scale: 1.0,
+            quant: Quant::None,
+            quantized_bytes: None,
+            root: "model",
+        })
+    }
+
+    fn head_dim(&self, default: usize) -> Result<usize, ModelError> {
+        let head_dim = self.size_or("head_dim", default)?;
+        // rope's table is made from it before any weight is there to contradict it
+        if head_dim > 1 << 16 {
+            return Err(self.error(format!("`{}` is {head_dim}, above 65536", self.name("head_dim")), None));
+        }
+        Ok(head_dim)
+    }
+
+    fn expect_activation(&self, name: &str) -> Result<(), ModelError> {
+        let given = self.get("hidden_act");
+        if given.is_null() || given == name { Ok(()) } else { Err(self.wrong("hidden_act", &format!("\"{name}\""))) }
+    }
+
+    /// The window that all layers have.
+    fn window(&self) -> Result<Option<usize>, ModelError> {
+        if self.get("sliding_window").is_null() { Ok(None) } else { self.size("sliding_window").map(Some) }
+    }
+
+    /// Gives those layers a window that `layer_types` names, or else `by_default`.
+    fn set_windows(&self, decoder: &mut DecoderConfig, by_default: impl Fn(usize) -> bool) -> Result<(), ModelError> {
+        let types = match self.get("layer_types") {
+            Value::Null => None,
+            Value::Array(types) if types.len() == decoder.num_layers() => Some(types),
+            _ => return Err(self.wrong("layer_types", "a list with one for each layer")),
+        };
+        for i in 0..decoder.num_layers() {
+            let windowed = match types.map(|types| &types[i]) {
+                None => by_default(i),
+                Some(kind) if kind == "sliding_attention" => true,
+                Some(kind) if kind == "full_attention" => false,
+                Some(kind) => {
+                    let problem = format!("`layer_types` has {kind} for layer {i}");
+                    return Err(self.error(problem, Some("supported: sliding_attention, full_attention".into())));
+                }
+            };
+            if windowed {
+                decoder.layers[i].window = Some(self.size_or("sliding_window", 4096)?);
+            }
+        }
+        Ok(())
+    }
+
+    fn is_gguf(&self) -> bool {
+        self.gguf
+    }
+
+    /// What the file calls a field.
+    fn name<'k>(&self, key: &'k str) -> &'k str {
+        key
     }
 
     fn error(&self, problem: String, help: Option<String>) -> ModelError {
@@ -77,10 +331,15 @@ impl ConfigJson {
         self.value.get(key).unwrap_or(&Value::Null)
     }
 
+    fn has(&self, key: &str) -> bool {
+        self.value.get(key).is_some()
+    }
+
     fn wrong(&self, key: &str, expected: &str) -> ModelError {
+        let name = self.name(key);
         match self.get(key) {
-            Value::Null => self.error(format!("`{key}` is missing"), None),
-            value => self.error(format!("`{key}` is {value}, not {expected}"), None),
+            Value::Null => self.error(format!("`{name}` is missing"), None),
+            value => self.error(format!("`{name}` is {value}, not {expected}"), None),
         }
     }
 
@@ -102,9 +361,17 @@ impl ConfigJson {
         self.get(key).as_f64().filter(|n| n.is_finite()).ok_or_else(|| self.wrong(key, "a number"))
     }
 
+    fn number_or(&self, key: &str, default: f64) -> Result<f64, ModelError> {
+        if self.get(key).is_null() { Ok(default) } else { self.number(key) }
+    }
+
     fn flag(&self, key: &str) -> Result<bool, ModelError> {
+        self.flag_or(key, false)
+    }
+
+    fn flag_or(&self, key: &str, default: bool) -> Result<bool, ModelError> {
         match self.get(key) {
-            Value::Null => Ok(false),
+            Value::Null => Ok(default),
             Value::Bool(flag) => Ok(*flag),
             _ => Err(self.wrong(key, "true or false")),
         }
@@ -155,8 +422,11 @@ mod tests {
     #[test]
     fn an_unsupported_model_type_is_named_with_those_that_are() {
         let (text, help) = problem("model_type", json!("mamba"));
-        assert_eq!(text, "model_type is `mamba`, which is not supported");
-        assert_eq!(help, "supported: llama");
+        assert_eq!(text, "`model_type` is `mamba`: it is not supported");
+        assert!(help.starts_with("supported: llama, mistral, "), "{help}");
+        assert!(problem("model_type", json!("mixtral")).0.contains("is a mixture of experts"));
+        assert!(problem("num_local_experts", json!(8)).0.contains("is a mixture of experts"));
+        assert!(problem("model_type", json!("qwen2_vl")).0.contains("reads images"));
         assert_eq!(problem("model_type", Value::Null).0, "`model_type` is missing");
     }
 
@@ -204,10 +474,10 @@ mod tests {
 
     #[test]
     fn linear_scaling_divides_every_frequency() {
-        let plain = read(|_| {}).expect("read").inverse_frequencies;
+        let plain = read(|_| {}).expect("read").ropes[0].inverse_frequencies.clone();
         let scaled =
             read(|config| drop(config.insert("rope_scaling".into(), json!({"type": "linear", "factor": 4.0}))));
-        let scaled = scaled.expect("read").inverse_frequencies;
+        let scaled = scaled.expect("read").ropes[0].inverse_frequencies.clone();
         assert_eq!(scaled, plain.iter().map(|f| f / 4.0).collect::<Vec<_>>());
     }
 }

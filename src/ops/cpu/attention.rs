@@ -98,28 +98,35 @@ impl<T> Scratch<T> {
     }
 }
 
-/// A tile of one segment's query rows and the key rows that its last row sees.
+/// A tile of one segment's query rows and the key rows that they see.
 struct Tile<'s> {
     segment: &'s Segment,
+    window: Option<usize>,
     /// Query numbers within the segment.
     rows: Range<usize>,
-    /// Keys seen by the last row: the width of the score matrix.
-    width: usize,
+    /// The keys seen, prefix first, from the first row's first to the last row's last: the columns of the score matrix.
+    keys: Range<usize>,
 }
 
 impl<'s> Tile<'s> {
-    fn of(segment: &'s Segment, per_key: usize) -> impl Iterator<Item = Tile<'s>> {
+    fn of(segment: &'s Segment, per_key: usize, window: Option<usize>) -> impl Iterator<Item = Tile<'s>> {
         let step = (STACKED_ROWS / per_key).clamp(16, TILE);
         (0..segment.queries.len()).step_by(step).map(move |start| {
             let rows = start..(start + step).min(segment.queries.len());
-            let width = segment.visible(rows.end - 1);
-            Tile { segment, rows, width }
+            let keys = segment.seen(rows.start, window).start..segment.visible(rows.end - 1);
+            Tile { segment, window, rows, keys }
         })
     }
 
-    /// Keys that query number `i` of the tile sees.
-    fn visible(&self, i: usize) -> usize {
-        self.segment.visible(self.rows.start + i)
+    /// Width of the score matrix.
+    fn width(&self) -> usize {
+        self.keys.len()
+    }
+
+    /// Columns of the score matrix that query number `i` of the tile sees.
+    fn seen(&self, i: usize) -> Range<usize> {
+        let seen = self.segment.seen(self.rows.start + i, self.window);
+        seen.start - self.keys.start..seen.end - self.keys.start
     }
 
     /// Its rows in the query matrix.
@@ -131,8 +138,12 @@ impl<'s> Tile<'s> {
     /// The visible key rows as (first column in the score matrix, rows of the key matrix).
     fn key_ranges(&self) -> impl Iterator<Item = (usize, Range<usize>)> + use<> {
         let Segment { prefix, own, .. } = self.segment;
-        let own = own.start..own.start + self.width - prefix.len();
-        [(0, prefix.clone()), (prefix.len(), own)].into_iter().filter(|(_, rows)| !rows.is_empty())
+        let Range { start, end } = self.keys;
+        let shared = prefix.start + start.min(prefix.len())..prefix.end;
+        let skipped = start.saturating_sub(prefix.len());
+        let own = own.start + skipped..own.start + end - prefix.len();
+        let before = shared.len();
+        [(0, shared), (before, own)].into_iter().filter(|(_, rows)| !rows.is_empty())
     }
 }
 
@@ -191,10 +202,10 @@ impl<'a, T: Real> Inputs<'a, T> {
     fn scores(&self, stacked: &[T], of: &'a [T], key: usize, tile: &Tile<'_>, scores: &mut Vec<T>) {
         let e = self.heads.dimension;
         let stacked = Matrix::new(stacked, stacked.len() / e, e);
-        scores.resize(stacked.rows() * tile.width, T::of(0.0));
+        scores.resize(stacked.rows() * tile.width(), T::of(0.0));
         for (column, rows) in tile.key_ranges() {
             let k = self.keys(of, key, rows);
-            gemm(&mut scores[column..], tile.width, Onto::Nothing, 1.0, stacked, k.t(), Threads::One);
+            gemm(&mut scores[column..], tile.width(), Onto::Nothing, 1.0, stacked, k.t(), Threads::One);
         }
     }
 
@@ -210,22 +221,29 @@ impl<'a, T: Real> Inputs<'a, T> {
     }
 
     fn forward_task(&self, task: (&Segment, usize), scratch: &mut Scratch<T>, output: SendPtr<T>, lse: SendPtr<T>) {
-        let Heads { queries: heads, dimension: e, scale, .. } = self.heads;
+        let Heads { queries: heads, dimension: e, scale, softcap, .. } = self.heads;
         let ((segment, key), per_key) = (task, self.per_key());
         let Scratch { q, scores, sums, result, .. } = scratch;
-        for tile in Tile::of(segment, per_key) {
-            let n = tile.rows.len();
+        for tile in Tile::of(segment, per_key, self.heads.window) {
+            let (n, width) = (tile.rows.len(), tile.width());
             self.stack(self.q, key, tile.query_rows(), scale, q);
             self.scores(q, self.k, key, &tile, scores);
             sums.clear();
-            for (i, row) in scores.chunks_exact_mut(tile.width).enumerate() {
-                let (seen, hidden) = row.split_at_mut(tile.visible(i % n));
+            for (i, row) in scores.chunks_exact_mut(width).enumerate() {
+                let seen = tile.seen(i % n);
+                row[..seen.start].fill(T::of(0.0));
+                row[seen.end..].fill(T::of(0.0));
+                let row = &mut row[seen];
                 let (sum, log_sum_exp) = vectorised(
                     #[inline(always)]
-                    || exponentials(seen),
+                    || {
+                        if let Some(cap) = softcap {
+                            row.iter_mut().for_each(|score| *score = capped(*score, T::of(cap)));
+                        }
+                        exponentials(row)
+                    },
                 );
                 sums.push(sum);
-                hidden.fill(T::of(0.0));
                 let (row, head) = (tile.query_rows().start + i % n, key * per_key + i / n);
                 // SAFETY: inside `[T, H]`; this head of these query rows is this task's alone, since the query rows of
                 // segments do not overlap.
@@ -237,7 +255,7 @@ impl<'a, T: Real> Inputs<'a, T> {
             result.resize(per_key * n * e, T::of(0.0));
             let mut onto = Onto::Nothing;
             for (column, rows) in tile.key_ranges() {
-                let weights = Matrix::strided(&scores[column..], per_key * n, rows.len(), tile.width);
+                let weights = Matrix::strided(&scores[column..], per_key * n, rows.len(), width);
                 gemm(result, e, onto, 1.0, weights, self.keys(self.v, key, rows), Threads::One);
                 onto = Onto::Existing;
             }
@@ -285,14 +303,14 @@ impl<'a, T: Real> Inputs<'a, T> {
         scratch: &mut Scratch<T>,
         [dq, dk, dv]: [SendPtr<T>; 3],
     ) -> Option<Shared<T>> {
-        let Heads { queries: heads, keys, dimension: e, scale } = self.heads;
+        let Heads { queries: heads, keys, dimension: e, scale, softcap, .. } = self.heads;
         let ((segment, key), per_key) = (task, self.per_key());
         let Segment { prefix, own, .. } = segment;
         let seen = prefix.len() + own.len();
         let (mut sum_k, mut sum_v) = (vec![T::of(0.0); seen * e], vec![T::of(0.0); seen * e]);
         let Scratch { q, d_out, scores: weights, d_scores, result, .. } = scratch;
-        for tile in Tile::of(segment, per_key) {
-            let (n, width) = (tile.rows.len(), tile.width);
+        for tile in Tile::of(segment, per_key, self.heads.window) {
+            let (n, width) = (tile.rows.len(), tile.width());
             let stacked = per_key * n;
             self.stack(self.q, key, tile.query_rows(), scale, q);
             self.stack(results.d_output, key, tile.query_rows(), 1.0, d_out);
@@ -302,19 +320,31 @@ impl<'a, T: Real> Inputs<'a, T> {
             for (i, ((weights, d_scores), d_out)) in rows.zip(d_out.chunks_exact(e)).enumerate() {
                 let place = (tile.query_rows().start + i % n) * heads + key * per_key + i / n;
                 let (lse, output) = (results.log_sum_exp[place], &results.output[place * e..][..e]);
-                let seen = tile.visible(i % n);
+                let seen = tile.seen(i % n);
+                for hidden in [0..seen.start, seen.end..width] {
+                    weights[hidden.clone()].fill(T::of(0.0));
+                    d_scores[hidden].fill(T::of(0.0));
+                }
+                let (weights, d_scores) = (&mut weights[seen.clone()], &mut d_scores[seen]);
                 vectorised(
                     #[inline(always)]
                     || {
                         let row_sum = dot(d_out, output);
-                        for (weight, d_score) in weights[..seen].iter_mut().zip(&mut d_scores[..seen]) {
-                            *weight = (*weight - lse).exp_in_loop();
-                            *d_score = *weight * (*d_score - row_sum);
+                        let rows = weights.iter_mut().zip(d_scores);
+                        match softcap.map(T::of) {
+                            None => rows.for_each(|(weight, d_score)| {
+                                *weight = (*weight - lse).exp_in_loop();
+                                *d_score = *weight * (*d_score - row_sum);
+                            }),
+                            Some(cap) => rows.for_each(|(weight, d_score)| {
+                                let score = capped(*weight, cap);
+                                *weight = (score - lse).exp_in_loop();
+                                let slope = T::of(1.0) - (score / cap) * (score / cap);
+                                *d_score = *weight * (*d_score - row_sum) * slope;
+                            }),
                         }
                     },
                 );
-                weights[seen..].fill(T::of(0.0));
-                d_scores[seen..].fill(T::of(0.0));
             }
             result.resize(stacked * e, T::of(0.0));
             let mut onto = Onto::Nothing;
@@ -325,8 +355,9 @@ impl<'a, T: Real> Inputs<'a, T> {
                 gemm(result, e, onto, scale, d_scores, k, Threads::One);
                 // the queries carry the scale already
                 let (q, d_out) = (Matrix::new(q, stacked, e), Matrix::new(d_out, stacked, e));
-                gemm(&mut sum_k[column * e..], e, Onto::Existing, 1.0, d_scores.t(), q, Threads::One);
-                gemm(&mut sum_v[column * e..], e, Onto::Existing, 1.0, weights.t(), d_out, Threads::One);
+                let at = (tile.keys.start + column) * e;
+                gemm(&mut sum_k[at..], e, Onto::Existing, 1.0, d_scores.t(), q, Threads::One);
+                gemm(&mut sum_v[at..], e, Onto::Existing, 1.0, weights.t(), d_out, Threads::One);
                 onto = Onto::Existing;
             }
             // SAFETY: `dq` is of the size of the queries, and the query rows of segments do not overlap.
@@ -357,6 +388,12 @@ struct Shared<T> {
     key: usize,
     dk: Vec<T>,
     dv: Vec<T>,
+}
+
+/// `c tanh(s / c)`
+#[inline(always)]
+fn capped<T: Real>(score: T, cap: T) -> T {
+    cap * (score / cap).tanh_in_loop()
 }
 
 /// Turns scores into `e^(score − largest)`; gives their sum and their log-sum-exp.

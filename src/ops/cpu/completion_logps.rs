@@ -7,8 +7,9 @@ use num_traits::Float;
 use rayon::prelude::*;
 
 use super::gemm::{Matrix, Onto, Threads, gemm};
+use super::weight::{Rows, Scratch, panels};
 use super::{Real, filled, for_real, max_of, sum_of, tensor, values, vectorised};
-use crate::ops::completion_logps::{TokenScore, Want};
+use crate::ops::completion_logps::{Head, TokenScore, Want};
 use crate::ops::dims2;
 
 /// Rows whose logits are held at once.
@@ -24,19 +25,17 @@ pub(crate) fn scratch_bytes(bytes: usize) -> usize {
 
 pub(crate) fn score(
     hidden: &Tensor,
-    weight: &Tensor,
+    head: Head<'_>,
     targets: &[u32],
     want: Want,
 ) -> Result<(Vec<TokenScore>, Option<Tensor>)> {
     let (rows, d) = dims2(hidden)?;
-    let (vocabulary, width) = dims2(weight)?;
+    let (_, width) = head.weight.dims()?;
     if d != width {
         candle_core::bail!("head: rows of {d} and a head of {width} columns")
     }
     for_real!(hidden, T => {
-        let (hidden, weight) = (values::<T>(hidden)?, values::<T>(weight)?);
-        let head = Head { weight: &weight, vocabulary, d };
-        let (scores, u) = head.score(&hidden, targets, want);
+        let (scores, u) = score_all::<T>(&values(hidden)?, head, targets, want)?;
         Ok((scores, u.map(|u| tensor(u, (rows, d))).transpose()?))
     })
 }
@@ -55,61 +54,65 @@ struct Seen<T> {
     target: T,
 }
 
-struct Head<'a, T> {
-    /// `[V, D]`
-    weight: &'a [T],
-    vocabulary: usize,
-    d: usize,
+type Scored<T> = (Vec<TokenScore>, Option<Vec<T>>);
+
+fn score_all<T: Real>(hidden: &[T], head: Head<'_>, targets: &[u32], want: Want) -> Result<Scored<T>> {
+    let (vocabulary, d) = head.weight.dims()?;
+    let cap = head.softcap.map(T::of);
+    let unseen =
+        Seen { largest: T::neg_infinity(), sum: T::of(0.0), along: T::of(0.0), total: 0.0, target: T::of(0.0) };
+    let mut seen = vec![unseen; targets.len()];
+    let [mut u] = filled(if want == Want::Gradient { hidden.len() } else { 0 }, d, |_, _| {});
+    let mut logits = vec![T::of(0.0); BLOCK.min(targets.len()) * PANEL.min(vocabulary)];
+    panels(head.weight, Some(PANEL), |tokens, weight| {
+        let panel = Panel { tokens, weight, cap };
+        for first in (0..targets.len()).step_by(BLOCK) {
+            let rows = first..(first + BLOCK).min(targets.len());
+            let u = u.get_mut(rows.start * d..rows.end * d).unwrap_or_default();
+            let hidden = Matrix::new(&hidden[rows.start * d..rows.end * d], rows.len(), d);
+            panel.add(hidden, &targets[rows.clone()], &mut seen[rows], &mut logits, u);
+        }
+    })?;
+    // so far U is −Σ e^(z − largest) W
+    let weight = Rows::of(head.weight)?;
+    u.par_chunks_mut(d).zip(&seen).zip(targets).for_each_init(Scratch::new, |scratch, ((u, seen), &target)| {
+        let share = seen.sum.recip();
+        let slope = slope(seen.target, cap);
+        for (u, &w) in u.iter_mut().zip(weight.row(target as usize, scratch)) {
+            *u = *u * share + slope * w;
+        }
+    });
+    let scores = seen.iter().map(|seen| seen.score(vocabulary)).collect();
+    Ok((scores, (want == Want::Gradient).then_some(u)))
 }
 
-impl<T: Real> Head<'_, T> {
-    fn score(&self, hidden: &[T], targets: &[u32], want: Want) -> (Vec<TokenScore>, Option<Vec<T>>) {
-        let Self { vocabulary, d, .. } = *self;
-        let unseen =
-            Seen { largest: T::neg_infinity(), sum: T::of(0.0), along: T::of(0.0), total: 0.0, target: T::of(0.0) };
-        let mut seen = vec![unseen; targets.len()];
-        let [mut u] = filled(if want == Want::Gradient { hidden.len() } else { 0 }, d, |_, _| {});
-        let mut logits = vec![T::of(0.0); BLOCK.min(targets.len()) * PANEL.min(vocabulary)];
-        for start in (0..vocabulary).step_by(PANEL) {
-            let panel = start..(start + PANEL).min(vocabulary);
-            for first in (0..targets.len()).step_by(BLOCK) {
-                let rows = first..(first + BLOCK).min(targets.len());
-                let u = u.get_mut(rows.start * d..rows.end * d).unwrap_or_default();
-                let hidden = Matrix::new(&hidden[rows.start * d..rows.end * d], rows.len(), d);
-                self.panel(&panel, hidden, &targets[rows.clone()], &mut seen[rows], &mut logits, u);
-            }
-        }
-        // so far U is −Σ e^(z − largest) W
-        u.par_chunks_mut(d).zip(&seen).zip(targets).for_each(|((u, seen), &target)| {
-            let (share, target) = (seen.sum.recip(), &self.weight[target as usize * d..][..d]);
-            for (u, &w) in u.iter_mut().zip(target) {
-                *u = *u * share + w;
-            }
-        });
-        let scores = seen.iter().map(|seen| seen.score(vocabulary)).collect();
-        (scores, (want == Want::Gradient).then_some(u))
-    }
+/// What a capped logit's derivative is multiplied by.
+#[inline(always)]
+fn slope<T: Real>(logit: T, cap: Option<T>) -> T {
+    cap.map_or(T::of(1.0), |cap| T::of(1.0) - (logit / cap) * (logit / cap))
+}
 
-    /// Adds a panel of the vocabulary to what is known of some rows; `u` is empty where no gradient is wanted.
-    fn panel(
-        &self,
-        panel: &Range<usize>,
-        hidden: Matrix<'_, T>,
-        targets: &[u32],
-        seen: &mut [Seen<T>],
-        logits: &mut [T],
-        u: &mut [T],
-    ) {
-        let (width, d) = (panel.len(), self.d);
-        let weight = Matrix::new(&self.weight[panel.start * d..panel.end * d], width, d);
+/// Some tokens of the vocabulary.
+struct Panel<'a, T> {
+    tokens: Range<usize>,
+    /// Their rows of the head.
+    weight: Matrix<'a, T>,
+    cap: Option<T>,
+}
+
+impl<T: Real> Panel<'_, T> {
+    /// Adds the panel to what is known of some rows; `u` is empty where no gradient is wanted.
+    fn add(&self, hidden: Matrix<'_, T>, targets: &[u32], seen: &mut [Seen<T>], logits: &mut [T], u: &mut [T]) {
+        let Self { tokens, weight, cap } = self;
+        let (width, d) = (tokens.len(), weight.columns());
         let logits = &mut logits[..targets.len() * width];
         gemm(logits, width, Onto::Nothing, 1.0, hidden, weight.t(), Threads::All);
         let gradient = !u.is_empty();
         let rescale = |(i, (logits, seen)): (usize, (&mut [T], &mut Seen<T>))| {
-            let target = (targets[i] as usize).checked_sub(panel.start).filter(|&at| at < width);
+            let target = (targets[i] as usize).checked_sub(tokens.start).filter(|&at| at < width);
             let shrunk = vectorised(
                 #[inline(always)]
-                || seen.add(logits, target),
+                || seen.add(logits, target, *cap),
             );
             (i, shrunk)
         };
@@ -120,7 +123,7 @@ impl<T: Real> Head<'_, T> {
                     u.iter_mut().for_each(|u| *u *= shrunk);
                 }
             });
-            gemm(u, d, Onto::Existing, -1.0, Matrix::new(logits, targets.len(), width), weight, Threads::All);
+            gemm(u, d, Onto::Existing, -1.0, Matrix::new(logits, targets.len(), width), *weight, Threads::All);
         } else {
             rows.map(rescale).for_each(|_| {});
         }
@@ -128,10 +131,13 @@ impl<T: Real> Head<'_, T> {
 }
 
 impl<T: Real> Seen<T> {
-    /// Takes in some logits and leaves `e^(z − largest)` in their place; returns what sums taken before have to be
-    /// multiplied by, now that the largest may be another.
+    /// Takes in some logits and leaves `e^(z − largest)` in their place, times the slope where they are capped; returns
+    /// what sums taken before have to be multiplied by, now that the largest may be another.
     #[inline(always)]
-    fn add(&mut self, logits: &mut [T], target: Option<usize>) -> T {
+    fn add(&mut self, logits: &mut [T], target: Option<usize>, cap: Option<T>) -> T {
+        if let Some(cap) = cap {
+            logits.iter_mut().for_each(|logit| *logit = cap * (*logit / cap).tanh_in_loop());
+        }
         if let Some(target) = target {
             self.target = logits[target];
         }
@@ -156,6 +162,11 @@ impl<T: Real> Seen<T> {
             }
             self.sum += sum_of(strip.len(), |i| strip[i]);
             self.along += sum_of(strip.len(), |i| shifted[i] * strip[i]);
+            if cap.is_some() {
+                for (logit, &shifted) in strip.iter_mut().zip(&shifted) {
+                    *logit *= slope(shifted + largest, cap);
+                }
+            }
         }
         shrunk
     }

@@ -42,6 +42,11 @@ impl<'a, T> Matrix<'a, T> {
         self.rows
     }
 
+    /// Number of columns.
+    pub(crate) fn columns(&self) -> usize {
+        self.columns
+    }
+
     fn checked(self) -> Self {
         let extent = extent(self.rows, self.columns, self.row_stride, self.column_stride);
         assert!(extent <= self.data.len(), "matrix reaches past its slice");

@@ -7,9 +7,10 @@ pub(crate) mod attention;
 pub(crate) mod completion_logps;
 mod exp;
 pub(crate) mod gemm;
+pub(crate) mod glu;
 pub(crate) mod norm;
 pub(crate) mod rope;
-pub(crate) mod swiglu;
+pub(crate) mod weight;
 
 use std::marker::PhantomData;
 use std::ops::Deref;
@@ -27,6 +28,16 @@ pub(crate) trait Real: WithDType + Float + std::iter::Sum {
 
     /// `exp`, in a form that a loop over a slice can be vectorised with.
     fn exp_in_loop(self) -> Self;
+
+    /// f32 as they are, or converted for the tests that compute in f64.
+    fn of_f32s<'s>(values: &'s [f32], converted: &'s mut Vec<Self>) -> &'s [Self];
+
+    /// `tanh`, in the same form: `1 − 2 / (e^2x + 1)`.
+    #[inline(always)]
+    fn tanh_in_loop(self) -> Self {
+        let one = Self::of(1.0);
+        one - Self::of(2.0) / ((self + self).exp_in_loop() + one)
+    }
 }
 
 impl Real for f32 {
@@ -34,12 +45,22 @@ impl Real for f32 {
     fn exp_in_loop(self) -> Self {
         exp::exp_f32(self)
     }
+
+    fn of_f32s<'s>(values: &'s [f32], _: &'s mut Vec<Self>) -> &'s [Self] {
+        values
+    }
 }
 
 impl Real for f64 {
     #[inline(always)]
     fn exp_in_loop(self) -> Self {
         self.exp()
+    }
+
+    fn of_f32s<'s>(values: &'s [f32], converted: &'s mut Vec<Self>) -> &'s [Self] {
+        converted.clear();
+        converted.extend(values.iter().map(|&value| f64::from(value)));
+        converted
     }
 }
 

@@ -18,10 +18,17 @@ pub(crate) fn again(x: &Tensor, weight: &Tensor, rho: &Tensor) -> Result<Tensor>
     for_real!(x, T => tensor(scaled::<T>(&values(x)?, &values(weight)?, &values(rho)?), dims2(x)?))
 }
 
-pub(crate) fn backward(dy: &Tensor, x: &Tensor, weight: &Tensor, rho: &Tensor, onto: &Tensor) -> Result<Tensor> {
+pub(crate) fn backward(
+    dy: &Tensor,
+    x: &Tensor,
+    weight: &Tensor,
+    rho: &Tensor,
+    onto: Option<&Tensor>,
+) -> Result<Tensor> {
     for_real!(x, T => {
         let shape = dims2(x)?;
-        let dx = gradient::<T>(&values(dy)?, &values(x)?, &values(weight)?, &values(rho)?, &values(onto)?);
+        let onto = onto.map(|onto| values::<T>(onto)).transpose()?;
+        let dx = gradient::<T>(&values(dy)?, &values(x)?, &values(weight)?, &values(rho)?, onto.as_deref());
         tensor(dx, shape)
     })
 }
@@ -56,10 +63,11 @@ fn scaled<T: Real>(x: &[T], weight: &[T], rho: &[T]) -> Vec<T> {
     y
 }
 
-fn gradient<T: Real>(dy: &[T], x: &[T], weight: &[T], rho: &[T], onto: &[T]) -> Vec<T> {
+fn gradient<T: Real>(dy: &[T], x: &[T], weight: &[T], rho: &[T], onto: Option<&[T]>) -> Vec<T> {
     let d = weight.len();
     let [dx] = filled(x.len(), d, |row, [dx]| {
-        let [x, dy, onto] = [x, dy, onto].map(|of| &of[row * d..][..d]);
+        let [x, dy] = [x, dy].map(|of| &of[row * d..][..d]);
+        let onto = onto.map(|onto| &onto[row * d..][..d]);
         let rho = rho[row];
         vectorised(
             #[inline(always)]
@@ -68,8 +76,11 @@ fn gradient<T: Real>(dy: &[T], x: &[T], weight: &[T], rho: &[T], onto: &[T]) -> 
                     *dx = dy * w;
                 }
                 let along = dot(dx, x) * rho * rho * rho / T::of(d as f64);
-                for ((dx, &x), &onto) in dx.iter_mut().zip(x).zip(onto) {
-                    *dx = onto + (*dx * rho - x * along);
+                for (dx, &x) in dx.iter_mut().zip(x) {
+                    *dx = *dx * rho - x * along;
+                }
+                for (dx, &onto) in dx.iter_mut().zip(onto.unwrap_or_default()) {
+                    *dx += onto;
                 }
             },
         );
