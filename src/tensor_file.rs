@@ -138,6 +138,14 @@ impl TensorFile {
         self.metadata.info(name).map_or(0, |info| info.data_offsets.1 - info.data_offsets.0)
     }
 
+    /// The bytes of a tensor of bytes; none where it is not there, or holds something else.
+    #[must_use]
+    pub fn bytes(&self, name: &str) -> Option<&[u8]> {
+        let info = self.metadata.info(name).filter(|info| info.dtype == Dtype::U8)?;
+        let (start, end) = info.data_offsets;
+        Some(&self.map[self.data_start + start..self.data_start + end])
+    }
+
     /// A tensor of the shape asked for, as `dtype` (F32 or F64) on the CPU.
     ///
     /// # Errors

@@ -46,7 +46,8 @@ impl Setup {
         let recipe = &parsed.recipe;
         let source = &recipe.model.source;
         crate::model::check_folder(source).map_err(|e| in_recipe(e, &parsed))?;
-        let decoder = family::read_config(source).map_err(request)?;
+        let decoder =
+            family::read_config(source).and_then(|decoder| decoder.kept(recipe.model.quant)).map_err(request)?;
         let modules = decoder.modules();
         // before any data is read: names that match nothing are a matter of the recipe
         let lora = lora_config(&recipe.adapter)?;

@@ -1,5 +1,6 @@
 //! What shapes a decoder, and the names of its parts.
 
+use super::ModelError;
 use crate::ops::attention::Heads;
 use crate::ops::glu::Activation;
 use crate::quant::Quant;
@@ -208,6 +209,19 @@ impl DecoderConfig {
             if self.post_norms { 4 } else { 2 } * self.hidden_size + if self.qk_norm { 2 * self.head_dim } else { 0 };
         let heads = if self.tie_word_embeddings { 1 } else { 2 };
         (layer + norms) * self.num_layers() + self.hidden_size * (1 + heads * self.vocab_size)
+    }
+
+    /// The same decoder with its matrices kept as a recipe asks for.
+    ///
+    /// # Errors
+    /// They are quantized already, and otherwise.
+    pub fn kept(self, quant: Quant) -> Result<Self, ModelError> {
+        match (self.quant, quant) {
+            (_, Quant::None) => Ok(self),
+            (Quant::None, quant) => Ok(Self { quant, ..self }),
+            (is, asked) if is == asked => Ok(self),
+            (is, asked) => Err(ModelError::Quantized { is: is.name(), asked: asked.name() }),
+        }
     }
 
     /// Bytes that the base takes in memory.

@@ -28,6 +28,7 @@ pub use weights::WeightFiles;
 
 use crate::adapter::{Adapters, Gradients};
 use crate::progress::Console;
+use crate::quant::Quant;
 use crate::tensor_file::TensorFileError;
 
 /// The `[model]` table of a recipe.
@@ -36,6 +37,9 @@ use crate::tensor_file::TensorFileError;
 pub struct ModelConfig {
     /// A local folder in Hugging Face layout.
     pub source: PathBuf,
+    /// How the base's matrices are kept in memory.
+    #[serde(default)]
+    pub quant: Quant,
 }
 
 /// What can be wrong with a model.
@@ -54,6 +58,15 @@ pub enum ModelError {
         /// What to do.
         #[help]
         help: Option<String>,
+    },
+    /// The model is quantized, and the recipe asks for another type.
+    #[error("[model] quant is {asked}, and the model's files are quantized as {is} already")]
+    #[diagnostic(help("leave `quant` out, or name the original model as source"))]
+    Quantized {
+        /// What the files hold.
+        is: &'static str,
+        /// What the recipe says.
+        asked: &'static str,
     },
     /// From candle.
     #[error("while loading the model")]
@@ -97,13 +110,11 @@ impl Model {
         Self { decoder, adapters }
     }
 
-    /// Loads the decoder of a Hugging Face folder in f32.
+    /// Loads the decoder that `config` describes from a Hugging Face folder, to compute in f32.
     ///
     /// # Errors
     /// See [`ModelError`].
-    pub fn load_decoder(folder: &Path, console: &Console) -> Result<Decoder, ModelError> {
-        check_folder(folder)?;
-        let config = family::read_config(folder)?;
+    pub fn load_decoder(config: DecoderConfig, folder: &Path, console: &Console) -> Result<Decoder, ModelError> {
         WeightFiles::open(folder)?.decoder(config, DType::F32, console)
     }
 

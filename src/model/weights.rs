@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor};
+use serde::Deserialize;
 use serde_json::Value;
 
 use super::ModelError;
@@ -11,7 +12,8 @@ use super::config::DecoderConfig;
 use super::decoder::Decoder;
 use super::layer::{Layer, Linear};
 use crate::progress::{Bar, Console};
-use crate::quant::{Kept, Weight};
+use crate::quant::nf4::{self, Nf4, Scales};
+use crate::quant::{Kept, Quantized, Weight};
 use crate::tensor_file::{TensorFile, read_text};
 
 const INDEX: &str = "model.safetensors.index.json";
@@ -190,6 +192,9 @@ impl Reader<'_> {
 
     fn matrix(&mut self, path: &str, shape: [usize; 2], kept: Kept) -> Result<Weight, ModelError> {
         let (name, dtype) = (format!("{path}.weight"), self.dtype);
+        if self.files.places.contains_key(&format!("{name}.{NF4_STATE}")) {
+            return self.nf4(&name, shape);
+        }
         let file = self.file(&name)?;
         if kept == Kept::Dense {
             return Ok(Weight::Dense(file.read(&name, &shape, dtype)?));
@@ -197,6 +202,63 @@ impl Reader<'_> {
         let [rows, columns] = shape;
         Ok(kept.keep(rows, columns, file.read_f32(&name, &shape)?)?)
     }
+
+    /// A matrix that bitsandbytes has quantized.
+    fn nf4(&mut self, name: &str, [rows, columns]: [usize; 2]) -> Result<Weight, ModelError> {
+        let part = |part: &str| format!("{name}.{part}");
+        let file = self.file(&part(NF4_STATE))?.path().to_owned();
+        let error = |problem: String| ModelError::File {
+            file: file.clone(),
+            problem: format!("tensor `{name}`: {problem}"),
+            help: Some("fetch the file again, or load the original model with `quant = \"nf4\"`".into()),
+        };
+        let bytes = |reader: &mut Self, name: &str| {
+            let bytes = reader.file(name)?.bytes(name).map(<[u8]>::to_vec);
+            bytes.ok_or_else(|| error(format!("`{name}` holds no bytes")))
+        };
+        let state = bytes(self, &part(NF4_STATE))?;
+        let state: Nf4State =
+            serde_json::from_slice(&state).map_err(|e| error(format!("its state is unreadable: {e}")))?;
+        if state.shape != [rows, columns] {
+            return Err(error(format!("it is {:?}, not {:?}", state.shape, [rows, columns])));
+        }
+        if (state.quant_type.as_str(), state.blocksize) != ("nf4", nf4::BLOCK) {
+            let problem = format!("`{}` in blocks of {} is not supported", state.quant_type, state.blocksize);
+            return Err(error(format!("{problem}; nf4 in blocks of {} is", nf4::BLOCK)));
+        }
+        // the sixteen values are NF4's own
+        self.unused.remove(part("quant_map").as_str());
+        let numbers = |reader: &mut Self, name: &str, len: usize| {
+            Ok::<_, ModelError>(reader.file(name)?.read_f32(name, &[len])?)
+        };
+        let blocks = (rows * columns).div_ceil(nf4::BLOCK);
+        let scales = match (state.nested_blocksize, state.nested_offset) {
+            (Some(nf4::NESTED_BLOCK), Some(offset)) => Scales::Nested {
+                quantized: bytes(self, &part("absmax"))?,
+                code: numbers(self, &part("nested_quant_map"), 256)?,
+                scales: numbers(self, &part("nested_absmax"), blocks.div_ceil(nf4::NESTED_BLOCK))?,
+                offset,
+            },
+            (None, None) => Scales::Plain(numbers(self, &part("absmax"), blocks)?),
+            (nested, _) => return Err(error(format!("scales in blocks of {nested:?} are not supported"))),
+        };
+        let packed = bytes(self, name)?;
+        let quantized = Nf4::new(packed, rows * columns, scales).and_then(|nf4| Quantized::nf4(rows, columns, nf4));
+        quantized.map(Weight::Quantized).map_err(error)
+    }
+}
+
+/// What bitsandbytes calls the description of a tensor that it has quantized.
+const NF4_STATE: &str = "quant_state.bitsandbytes__nf4";
+
+/// That description.
+#[derive(Debug, Deserialize)]
+struct Nf4State {
+    quant_type: String,
+    blocksize: usize,
+    shape: Vec<usize>,
+    nested_blocksize: Option<usize>,
+    nested_offset: Option<f32>,
 }
 
 /// The names of the weight files of a folder.

@@ -8,9 +8,9 @@
 use rayon::prelude::*;
 
 /// Elements of a block.
-const BLOCK: usize = 64;
+pub const BLOCK: usize = 64;
 /// Scales of a block of scales.
-const NESTED_BLOCK: usize = 256;
+pub const NESTED_BLOCK: usize = 256;
 
 /// NF4's sixteen values.
 pub const CODE: [f32; 16] = [
@@ -162,6 +162,18 @@ impl Nf4 {
         Self { packed, len: values.len(), scales: Scales::Nested { quantized, code, scales, offset } }
     }
 
+    /// Two elements a byte.
+    #[must_use]
+    pub fn packed(&self) -> &[u8] {
+        &self.packed
+    }
+
+    /// The scale of each block.
+    #[must_use]
+    pub fn scales(&self) -> &Scales {
+        &self.scales
+    }
+
     /// Number of elements.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -218,11 +230,11 @@ fn dynamic_code() -> Vec<f32> {
     const EXPONENT_BITS: i32 = 7;
     let mut code = vec![0.0f32, 1.0];
     for i in 0..EXPONENT_BITS {
-        let steps = 1 << i;
-        // torch.linspace(0.1, 1, steps + 1) in f32, and the means of neighbours
+        let steps: usize = 1 << i;
+        // torch.linspace(0.1, 1, steps + 1) in f32, from both ends and by fused products, and the means of neighbours
         let boundary = |j: usize| {
             let step = (1.0f32 - 0.1f32) / steps as f32;
-            if j <= steps / 2 { 0.1f32 + step * j as f32 } else { 1.0f32 - step * (steps - j) as f32 }
+            if j < (steps + 1) / 2 { step.mul_add(j as f32, 0.1) } else { (-step).mul_add((steps - j) as f32, 1.0) }
         };
         let magnitude = 10f64.powi(i - (EXPONENT_BITS - 1)) as f32;
         for j in 0..steps {

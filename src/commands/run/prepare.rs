@@ -19,6 +19,7 @@ use crate::files;
 use crate::loss::Loss;
 use crate::model::{Model, WeightFiles};
 use crate::progress::{Console, short, thousands};
+use crate::quant::Quant;
 use crate::recipe::{self, Parsed, Resolved};
 use crate::run_folder::RunFolder;
 use crate::train::Progress;
@@ -100,12 +101,19 @@ pub(super) fn prepare(arguments: &cli::Run, console: &Console) -> Result<Prepare
     let recipe = &parsed.recipe;
     let (source, loss) = (&recipe.model.source, recipe.loss.clone());
     let parameters = decoder_config.num_parameters();
-    let decoder = Model::load_decoder(source, console).map_err(request)?;
-    console.fact("model", format_args!("{} parameters, {}", short(parameters), source.display()));
-    let fingerprints = Fingerprints {
-        data: train.fingerprint().to_string(),
-        base: WeightFiles::open(source).map_err(request)?.fingerprint(console),
+    let kept = match decoder_config.quant {
+        Quant::None => String::new(),
+        quant => format!(" in {}, {}", quant.name(), bytes::shown(decoder_config.num_bytes())),
     };
+    let fingerprint = WeightFiles::open(source).map_err(request)?.fingerprint(console);
+    // the same files, kept otherwise, are another base
+    let base = match decoder_config.quant {
+        Quant::None => fingerprint,
+        quant => format!("{fingerprint}-{}", quant.name()),
+    };
+    let decoder = Model::load_decoder(decoder_config, source, console).map_err(request)?;
+    console.fact("model", format_args!("{} parameters{kept}, {}", short(parameters), source.display()));
+    let fingerprints = Fingerprints { data: train.fingerprint().to_string(), base };
 
     let (adapters, resumed, folder) = match resumed {
         Some(folder) => {

@@ -175,12 +175,16 @@ fn refusal(model_type: &str) -> Option<&'static str> {
     }
 }
 
+const UNQUANTIZED: &str =
+    "read are bitsandbytes' nf4 and GGUF files; or take the original model, and `quant` in [model]";
+
 impl ConfigJson {
     fn read(mut self) -> Result<DecoderConfig, ModelError> {
         if !self.value.is_object() {
             return Err(self.error("is no JSON object".into(), None));
         }
         let model_type = self.text("model_type")?.to_owned();
+        let quant = self.quantization()?;
         let Some((_, family)) = Family::ALL.iter().find(|(name, _)| *name == model_type) else {
             let known = Family::ALL.map(|(name, _)| name).join(", ");
             let why = refusal(&model_type).unwrap_or("is not supported");
@@ -206,7 +210,24 @@ impl ConfigJson {
             Family::SmolLm3 => smollm3::decoder(&self)?,
         };
         self.check(&decoder)?;
-        Ok(decoder)
+        Ok(DecoderConfig { quant, ..decoder })
+    }
+
+    /// How the file's matrices are quantized already.
+    fn quantization(&self) -> Result<Quant, ModelError> {
+        let config = self.get("quantization_config");
+        if config.is_null() {
+            return Ok(Quant::None);
+        }
+        let text = |key: &str| config.get(key).and_then(Value::as_str).unwrap_or("unnamed");
+        match (text("quant_method"), text("bnb_4bit_quant_type")) {
+            ("bitsandbytes", "nf4") => Ok(Quant::Nf4),
+            ("bitsandbytes", kind) if config.get("load_in_4bit") == Some(&Value::Bool(true)) => Err(self
+                .error(format!("its weights are quantized by bitsandbytes as `{kind}`"), Some(UNQUANTIZED.into()))),
+            (method, _) => {
+                Err(self.error(format!("its weights are quantized by `{method}`"), Some(UNQUANTIZED.into())))
+            }
+        }
     }
 
     /// A decoder with nothing special, as Llama is.
