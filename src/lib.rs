@@ -27,6 +27,7 @@ pub mod cli;
 pub mod commands;
 pub mod data;
 pub mod files;
+pub mod gguf;
 mod hostile;
 pub mod interrupt;
 pub mod loss;

@@ -193,7 +193,7 @@ impl TensorFile {
     }
 }
 
-const LFS_HELP: &str = "run `git lfs pull` in that folder, or fetch the file from the hub";
+pub(crate) const LFS_HELP: &str = "run `git lfs pull` in that folder, or fetch the file from the hub";
 
 /// Whether a file is the small text file that Git leaves where large-file storage was not fetched.
 #[must_use]

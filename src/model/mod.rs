@@ -24,7 +24,7 @@ use thiserror::Error;
 pub use config::{Biases, DecoderConfig, LayerConfig, Module, Projection, Rope};
 pub use decoder::{Activations, Adapter, Decoder, Forward, Keep};
 pub use packed::{Packed, Packer, PromptSpan};
-pub use weights::WeightFiles;
+pub use weights::{WeightFiles, gguf_decoder};
 
 use crate::adapter::{Adapters, Gradients};
 use crate::progress::Console;

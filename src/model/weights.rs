@@ -1,19 +1,20 @@
-//! Weights of a Hugging Face folder: one safetensors file or the shards that an index names.
+//! Weights of a Hugging Face folder, one safetensors file or the shards that an index names, and of GGUF files.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::ModelError;
-use super::config::DecoderConfig;
+use super::config::{DecoderConfig, Projection};
 use super::decoder::Decoder;
 use super::layer::{Layer, Linear};
+use crate::gguf::{self, GgufFile};
 use crate::progress::{Bar, Console};
 use crate::quant::nf4::{self, Nf4, Scales};
-use crate::quant::{Kept, Quantized, Weight};
+use crate::quant::{self, Kept, Quantized, Weight};
 use crate::tensor_file::{TensorFile, read_text};
 
 const INDEX: &str = "model.safetensors.index.json";
@@ -93,10 +94,11 @@ impl WeightFiles {
             files: self,
             unused: self.places.keys().map(String::as_str).collect(),
             root: self.root(&config),
+            post_norms: config.post_norms,
             dtype,
             bar,
         };
-        let decoder = reader.decoder(config)?;
+        let decoder = assemble(config, &mut reader)?;
         if let Some(name) = reader.unused.iter().find(|name| !is_known_extra(name, &decoder.config)) {
             return Err(ModelError::File {
                 file: self.files[self.places[*name]].path().to_owned(),
@@ -120,55 +122,196 @@ struct Reader<'f> {
     files: &'f WeightFiles,
     unused: BTreeSet<&'f str>,
     root: &'static str,
+    post_norms: bool,
     dtype: DType,
     bar: Bar<'f>,
 }
 
-impl Reader<'_> {
-    fn decoder(&mut self, config: DecoderConfig) -> Result<Decoder, ModelError> {
-        let (d, v, quant) = (config.hidden_size, config.vocab_size, config.quant);
-        let offset = if config.norm_offset { 1.0 } else { 0.0 };
-        let embedding = self.matrix(&format!("{}.embed_tokens", self.root), [v, d], quant.of_embedding(d))?;
-        let mut layers = Vec::new();
-        for layer in 0..config.num_layers() {
-            let path = format!("{}.layers.{layer}", self.root);
-            let projections = config.projections().iter().map(|&projection| {
-                let (outputs, inputs) = config.shape(projection);
-                let path = format!("{path}.{}", projection.name());
-                let weight = self.matrix(&path, [outputs, inputs], quant.of_linear(inputs))?;
-                let bias = config.has_bias(projection).then(|| self.vector(&format!("{path}.bias"), outputs, 0.0));
-                Ok(Linear { weight, bias: bias.transpose()? })
-            });
-            let projections = projections.collect::<Result<Vec<_>, ModelError>>()?;
-            let mut norm = |name: &str, len| self.vector(&format!("{path}.{name}.weight"), len, offset);
-            let [mlp_norm, post_norms] = match config.post_norms {
-                false => ["post_attention_layernorm", ""],
-                true => ["pre_feedforward_layernorm", "post_attention_layernorm"],
-            };
-            layers.push(Layer {
-                attention_norm: norm("input_layernorm", d)?,
-                mlp_norm: norm(mlp_norm, d)?,
-                head_norms: match config.qk_norm {
-                    true => {
-                        Some([norm("self_attn.q_norm", config.head_dim)?, norm("self_attn.k_norm", config.head_dim)?])
-                    }
-                    false => None,
-                },
-                post_norms: match config.post_norms {
-                    true => Some([norm(post_norms, d)?, norm("post_feedforward_layernorm", d)?]),
-                    false => None,
-                },
-                projections,
-            });
+/// Where a decoder's tensors come from, under Hugging Face's names within the model.
+trait Tensors {
+    /// A matrix, kept as `kept` says where the file has it as numbers.
+    fn matrix(&mut self, place: Place, shape: [usize; 2], kept: Kept) -> Result<Weight, ModelError>;
+
+    /// A vector, `offset` added.
+    fn vector(&mut self, place: Place, len: usize, offset: f64) -> Result<Tensor, ModelError>;
+}
+
+/// A tensor's part in a decoder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Embedding,
+    Norm,
+    Head,
+    AttentionNorm(usize),
+    MlpNorm(usize),
+    QueryNorm(usize),
+    KeyNorm(usize),
+    AfterAttention(usize),
+    AfterMlp(usize),
+    Weight(usize, Projection),
+    Bias(usize, Projection),
+}
+
+impl Place {
+    /// Hugging Face's name. Where norms stand behind attention and MLP too, one of those before has another name.
+    fn in_hugging_face(self, root: &str, post_norms: bool) -> String {
+        let of = |layer: usize, name: &str| format!("{root}.layers.{layer}.{name}");
+        match self {
+            Self::Embedding => format!("{root}.embed_tokens.weight"),
+            Self::Norm => format!("{root}.norm.weight"),
+            Self::Head => "lm_head.weight".to_owned(),
+            Self::AttentionNorm(layer) => of(layer, "input_layernorm.weight"),
+            Self::MlpNorm(layer) if post_norms => of(layer, "pre_feedforward_layernorm.weight"),
+            Self::MlpNorm(layer) | Self::AfterAttention(layer) => of(layer, "post_attention_layernorm.weight"),
+            Self::QueryNorm(layer) => of(layer, "self_attn.q_norm.weight"),
+            Self::KeyNorm(layer) => of(layer, "self_attn.k_norm.weight"),
+            Self::AfterMlp(layer) => of(layer, "post_feedforward_layernorm.weight"),
+            Self::Weight(layer, projection) => of(layer, &format!("{}.weight", projection.name())),
+            Self::Bias(layer, projection) => of(layer, &format!("{}.bias", projection.name())),
         }
-        let norm = self.vector(&format!("{}.norm.weight", self.root), d, offset)?;
-        let head = match config.tie_word_embeddings {
-            true => embedding.clone(),
-            false => self.matrix("lm_head", [v, d], quant.of_embedding(d))?,
-        };
-        Ok(Decoder { config, embedding, layers, norm, head })
     }
 
+    /// llama.cpp's name.
+    fn in_gguf(self) -> String {
+        let of = |layer: usize, name: &str| format!("blk.{layer}.{name}");
+        let projection = |projection: Projection| match projection {
+            Projection::Query => "attn_q",
+            Projection::Key => "attn_k",
+            Projection::Value => "attn_v",
+            Projection::Output => "attn_output",
+            Projection::Gate => "ffn_gate",
+            Projection::Up | Projection::GateUp => "ffn_up",
+            Projection::Down => "ffn_down",
+            Projection::QueryKeyValue => "attn_qkv",
+        };
+        match self {
+            Self::Embedding => "token_embd.weight".to_owned(),
+            Self::Norm => "output_norm.weight".to_owned(),
+            Self::Head => "output.weight".to_owned(),
+            Self::AttentionNorm(layer) => of(layer, "attn_norm.weight"),
+            Self::MlpNorm(layer) => of(layer, "ffn_norm.weight"),
+            Self::QueryNorm(layer) => of(layer, "attn_q_norm.weight"),
+            Self::KeyNorm(layer) => of(layer, "attn_k_norm.weight"),
+            Self::AfterAttention(layer) => of(layer, "post_attention_norm.weight"),
+            Self::AfterMlp(layer) => of(layer, "post_ffw_norm.weight"),
+            Self::Weight(layer, p) => of(layer, &format!("{}.weight", projection(p))),
+            Self::Bias(layer, p) => of(layer, &format!("{}.bias", projection(p))),
+        }
+    }
+}
+
+/// Puts a decoder together.
+fn assemble(config: DecoderConfig, from: &mut dyn Tensors) -> Result<Decoder, ModelError> {
+    let (d, v, quant) = (config.hidden_size, config.vocab_size, config.quant);
+    let offset = if config.norm_offset { 1.0 } else { 0.0 };
+    let embedding = from.matrix(Place::Embedding, [v, d], quant.of_embedding(d))?;
+    let mut layers = Vec::new();
+    for layer in 0..config.num_layers() {
+        let mut projections = Vec::new();
+        for &projection in config.projections() {
+            let (outputs, inputs) = config.shape(projection);
+            let weight = from.matrix(Place::Weight(layer, projection), [outputs, inputs], quant.of_linear(inputs))?;
+            let bias = match config.has_bias(projection) {
+                true => Some(from.vector(Place::Bias(layer, projection), outputs, 0.0)?),
+                false => None,
+            };
+            projections.push(Linear { weight, bias });
+        }
+        let mut norms = |places: [Place; 2], len, there: bool| -> Result<Option<[Tensor; 2]>, ModelError> {
+            let [first, second] = places;
+            Ok(if there { Some([from.vector(first, len, offset)?, from.vector(second, len, offset)?]) } else { None })
+        };
+        let head_norms = norms([Place::QueryNorm(layer), Place::KeyNorm(layer)], config.head_dim, config.qk_norm)?;
+        let post_norms = norms([Place::AfterAttention(layer), Place::AfterMlp(layer)], d, config.post_norms)?;
+        let attention_norm = from.vector(Place::AttentionNorm(layer), d, offset)?;
+        let mlp_norm = from.vector(Place::MlpNorm(layer), d, offset)?;
+        layers.push(Layer { attention_norm, mlp_norm, head_norms, post_norms, projections });
+    }
+    let norm = from.vector(Place::Norm, d, offset)?;
+    let head = match config.tie_word_embeddings {
+        true => embedding.clone(),
+        false => from.matrix(Place::Head, [v, d], quant.of_embedding(d))?,
+    };
+    Ok(Decoder { config, embedding, layers, norm, head })
+}
+
+/// Takes a decoder's tensors out of a GGUF file.
+struct GgufReader<'f> {
+    file: &'f GgufFile,
+    unused: BTreeSet<&'f str>,
+    /// Rows of q and k stand in pairs within each head of so many.
+    paired: Option<usize>,
+    dtype: DType,
+}
+
+impl Tensors for GgufReader<'_> {
+    fn matrix(&mut self, place: Place, shape: [usize; 2], _: Kept) -> Result<Weight, ModelError> {
+        let name = place.in_gguf();
+        self.unused.remove(name.as_str());
+        let matrix = self.file.matrix(&name, shape)?;
+        Ok(Weight::Quantized(match (self.paired, place) {
+            (Some(head_dim), Place::Weight(_, Projection::Query | Projection::Key)) => matrix.unpaired(head_dim),
+            _ => matrix,
+        }))
+    }
+
+    fn vector(&mut self, place: Place, len: usize, offset: f64) -> Result<Tensor, ModelError> {
+        let name = place.in_gguf();
+        self.unused.remove(name.as_str());
+        let mut values = self.file.vector(&name, len)?;
+        if let (Some(head_dim), Place::Bias(_, Projection::Query | Projection::Key)) = (self.paired, place) {
+            values = (0..len).map(|row| values[quant::paired_row(row, head_dim)]).collect();
+        }
+        let tensor = Tensor::from_vec(values, len, &Device::Cpu)?.to_dtype(self.dtype)?;
+        Ok(if offset == 0.0 { tensor } else { (tensor + offset)? })
+    }
+}
+
+/// Makes a decoder of a GGUF file, whose matrices stay in it. `config` is what [`family::read_gguf`](super::family::read_gguf)
+/// made of it.
+///
+/// # Errors
+/// A tensor is missing, has another shape than the metadata gives, or is left over.
+pub fn gguf_decoder(file: &GgufFile, config: DecoderConfig, dtype: DType) -> Result<Decoder, ModelError> {
+    // llama.cpp turns the pairs of a head's rows next to each other, in this architecture alone
+    let paired = file.metadata("general.architecture").and_then(gguf::Value::as_str) == Some("llama");
+    let unused = file.tensors().map(|(name, _)| name).collect();
+    let mut reader = GgufReader { file, unused, paired: paired.then_some(config.head_dim), dtype };
+    let decoder = assemble(config, &mut reader)?;
+    // what the configuration was made of
+    let known = ["rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"];
+    match reader.unused.iter().find(|name| !known.contains(name)) {
+        Some(name) => Err(ModelError::File {
+            file: file.path().to_owned(),
+            problem: format!("tensor `{name}` has no place in this model"),
+            help: Some("the file holds more than its architecture has".into()),
+        }),
+        None => Ok(decoder),
+    }
+}
+
+impl Tensors for Reader<'_> {
+    fn vector(&mut self, place: Place, len: usize, offset: f64) -> Result<Tensor, ModelError> {
+        let (name, dtype) = (place.in_hugging_face(self.root, self.post_norms), self.dtype);
+        let values = self.file(&name)?.read(&name, &[len], dtype)?;
+        Ok(if offset == 0.0 { values } else { (values + offset)? })
+    }
+
+    fn matrix(&mut self, place: Place, shape: [usize; 2], kept: Kept) -> Result<Weight, ModelError> {
+        let (name, dtype) = (place.in_hugging_face(self.root, self.post_norms), self.dtype);
+        if self.files.places.contains_key(&format!("{name}.{NF4_STATE}")) {
+            return self.nf4(&name, shape);
+        }
+        let file = self.file(&name)?;
+        if kept == Kept::Dense {
+            return Ok(Weight::Dense(file.read(&name, &shape, dtype)?));
+        }
+        let [rows, columns] = shape;
+        Ok(kept.keep(rows, columns, file.read_f32(&name, &shape)?)?)
+    }
+}
+
+impl Reader<'_> {
     /// The file that a tensor is in.
     fn file(&mut self, name: &str) -> Result<&TensorFile, ModelError> {
         self.unused.remove(name);
@@ -182,25 +325,6 @@ impl Reader<'_> {
         let file = &self.files.files[file];
         self.bar.advance(file.tensor_bytes(name) as u64);
         Ok(file)
-    }
-
-    fn vector(&mut self, name: &str, len: usize, offset: f64) -> Result<Tensor, ModelError> {
-        let dtype = self.dtype;
-        let values = self.file(name)?.read(name, &[len], dtype)?;
-        Ok(if offset == 0.0 { values } else { (values + offset)? })
-    }
-
-    fn matrix(&mut self, path: &str, shape: [usize; 2], kept: Kept) -> Result<Weight, ModelError> {
-        let (name, dtype) = (format!("{path}.weight"), self.dtype);
-        if self.files.places.contains_key(&format!("{name}.{NF4_STATE}")) {
-            return self.nf4(&name, shape);
-        }
-        let file = self.file(&name)?;
-        if kept == Kept::Dense {
-            return Ok(Weight::Dense(file.read(&name, &shape, dtype)?));
-        }
-        let [rows, columns] = shape;
-        Ok(kept.keep(rows, columns, file.read_f32(&name, &shape)?)?)
     }
 
     /// A matrix that bitsandbytes has quantized.
@@ -307,7 +431,6 @@ fn file_names(folder: &Path) -> Result<Vec<String>, ModelError> {
 mod tests {
     use std::fs;
 
-    use candle_core::Device;
     use serde_json::json;
 
     use super::*;

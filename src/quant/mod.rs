@@ -245,11 +245,7 @@ impl Quantized {
         assert!(row < self.rows && values.len() == self.columns, "row {row} of a matrix of {} rows", self.rows);
         let row = match self.paired {
             None => row,
-            Some(head_dim) => {
-                let (head, within) = (row / head_dim, row % head_dim);
-                let (half, j) = (within / (head_dim / 2), within % (head_dim / 2));
-                head * head_dim + 2 * j + half
-            }
+            Some(head_dim) => paired_row(row, head_dim),
         };
         match &self.format {
             Format::Ggml(kind, bytes) => {
@@ -275,6 +271,15 @@ impl Quantized {
         assert!(rows.len() * self.columns == values.len(), "a panel of {} rows", rows.len());
         self.gather(|i| rows.start + i, values);
     }
+}
+
+/// Where llama.cpp's converter has put row `row` of Hugging Face's order, for heads of `head_dim` rows: row `j` of a head's
+/// first half and row `j` of its second are next to each other.
+#[must_use]
+pub fn paired_row(row: usize, head_dim: usize) -> usize {
+    let (head, within) = (row / head_dim, row % head_dim);
+    let (half, j) = (within / (head_dim / 2), within % (head_dim / 2));
+    head * head_dim + 2 * j + half
 }
 
 impl Weight {

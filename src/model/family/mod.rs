@@ -1,5 +1,7 @@
 //! Model families: a file for each `model_type` of Hugging Face's `config.json`, which becomes a [`DecoderConfig`].
 //!
+//! A GGUF file says the same under other names, and is read by the same functions.
+//!
 //! | `model_type` | GGUF architecture | file |
 //! |---|---|---|
 //! | `llama` (Llama 2 and 3, TinyLlama, SmolLM2) | `llama` | `llama` |
@@ -13,6 +15,7 @@
 //! and golden logits beside the others.
 
 mod gemma;
+mod gguf;
 mod llama;
 mod mistral;
 mod phi3;
@@ -22,6 +25,7 @@ mod smollm3;
 
 use std::path::{Path, PathBuf};
 
+pub use gguf::read_gguf;
 use serde_json::Value;
 
 use super::config::{Biases, LayerConfig};
@@ -88,7 +92,7 @@ pub fn read_config(folder: &Path) -> Result<DecoderConfig, ModelError> {
 /// # Errors
 /// See [`read_config`].
 pub fn from_json(file: &Path, value: Value) -> Result<DecoderConfig, ModelError> {
-    ConfigJson { file: file.to_owned(), value, gguf: false }.read()
+    ConfigJson { file: file.to_owned(), value, gguf: None }.read()
 }
 
 /// A `config.json`, or a GGUF file's metadata under the same names, with errors that name the file and the field.
@@ -96,7 +100,8 @@ pub fn from_json(file: &Path, value: Value) -> Result<DecoderConfig, ModelError>
 pub struct ConfigJson {
     file: PathBuf,
     value: Value,
-    gguf: bool,
+    /// The architecture, where it is a GGUF file's metadata.
+    gguf: Option<String>,
 }
 
 /// What a family's files may leave out; `None` has to be there.
@@ -335,12 +340,16 @@ impl ConfigJson {
     }
 
     fn is_gguf(&self) -> bool {
-        self.gguf
+        self.gguf.is_some()
     }
 
     /// What the file calls a field.
-    fn name<'k>(&self, key: &'k str) -> &'k str {
-        key
+    fn name(&self, key: &str) -> String {
+        let suffix = gguf::KEYS.iter().find(|(name, _)| *name == key).map(|(_, suffix)| suffix);
+        match self.gguf.as_ref().zip(suffix) {
+            Some((architecture, suffix)) => format!("{architecture}.{suffix}"),
+            None => key.to_owned(),
+        }
     }
 
     fn error(&self, problem: String, help: Option<String>) -> ModelError {

@@ -1,0 +1,170 @@
+//! A GGUF file's metadata under the names of `config.json`, so that the families' own files read it.
+
+use serde_json::{Map, Number, Value, json};
+
+use super::{ConfigJson, DecoderConfig};
+use crate::gguf::{self, GgufFile};
+use crate::model::ModelError;
+
+/// GGUF architectures with their `model_type`.
+const ARCHITECTURES: [(&str, &str); 7] = [
+    ("llama", "llama"),
+    ("qwen2", "qwen2"),
+    ("qwen3", "qwen3"),
+    ("gemma2", "gemma2"),
+    ("gemma3", "gemma3_text"),
+    ("phi3", "phi3"),
+    ("smollm3", "smollm3"),
+];
+
+/// Fields of `config.json` with what follows the architecture in GGUF's keys.
+pub(super) const KEYS: [(&str, &str); 18] = [
+    ("hidden_size", "embedding_length"),
+    ("intermediate_size", "feed_forward_length"),
+    ("num_hidden_layers", "block_count"),
+    ("num_attention_heads", "attention.head_count"),
+    ("num_key_value_heads", "attention.head_count_kv"),
+    ("head_dim", "attention.key_length"),
+    ("vocab_size", "vocab_size"),
+    ("rms_norm_eps", "attention.layer_norm_rms_epsilon"),
+    ("max_position_embeddings", "context_length"),
+    ("rope_theta", "rope.freq_base"),
+    ("sliding_window", "attention.sliding_window"),
+    ("attn_logit_softcapping", "attn_logit_softcapping"),
+    ("final_logit_softcapping", "final_logit_softcapping"),
+    ("num_local_experts", "expert_count"),
+    ("original_max_position_embeddings", "rope.scaling.original_context_length"),
+    ("rope_local_base_freq", "rope.freq_base_swa"),
+    ("rope_factor", "rope.scaling.factor"),
+    ("attention_factor", "rope.scaling.attn_factor"),
+];
+
+/// Reads the decoder that a GGUF file holds. No weight is read.
+///
+/// # Errors
+/// The file describes a model that the decoder is not.
+pub fn read_gguf(file: &GgufFile) -> Result<DecoderConfig, ModelError> {
+    let wrong =
+        |problem: String, help: Option<String>| ModelError::File { file: file.path().to_owned(), problem, help };
+    let architecture = file.metadata("general.architecture").and_then(gguf::Value::as_str);
+    let architecture =
+        architecture.ok_or_else(|| wrong("metadata `general.architecture` is missing".into(), None))?;
+    let Some((_, model_type)) = ARCHITECTURES.iter().find(|(name, _)| *name == architecture) else {
+        let known = ARCHITECTURES.map(|(name, _)| name).join(", ");
+        let why = super::refusal(architecture).unwrap_or("is not supported");
+        return Err(wrong(
+            format!("its architecture is `{architecture}`: it {why}"),
+            Some(format!("supported: {known}")),
+        ));
+    };
+    if file.metadata("split.count").and_then(gguf::Value::as_u64).is_some_and(|n| n > 1) {
+        let help = "llama.cpp joins them: llama-gguf-split --merge FIRST-PART WHOLE.gguf";
+        return Err(wrong("is one part of a model in several files".into(), Some(help.into())));
+    }
+    let mut value = Map::new();
+    value.insert("model_type".into(), json!(model_type));
+    let mut put = |key: &str, given: Value| drop(value.insert(key.into(), given));
+    for (key, suffix) in KEYS {
+        if let Some(given) = file.metadata(&format!("{architecture}.{suffix}")) {
+            put(key, plain(given));
+        }
+    }
+    let tokens = file.metadata("tokenizer.ggml.tokens").and_then(gguf::Value::as_array).map(<[_]>::len);
+    let embedding = file.tensor("token_embd.weight").and_then(|tensor| tensor.shape.first().copied());
+    if let Some(size) = embedding.or(tokens) {
+        put("vocab_size", json!(size));
+    }
+    put("tie_word_embeddings", json!(file.tensor("output.weight").is_none()));
+    let bias = file.tensor("blk.0.attn_q.bias").is_some();
+    put("attention_bias", json!(bias));
+    let scaling = scaling(file, architecture, &wrong)?;
+    if let Some(scaling) = scaling {
+        put("rope_scaling", scaling);
+    }
+    if architecture == "gemma2" {
+        // the one size of which the file says nothing; llama.cpp knows it by the number of layers
+        let layers = file.metadata("gemma2.block_count").and_then(gguf::Value::as_u64);
+        put("query_pre_attn_scalar", json!(if layers == Some(46) { 144 } else { 256 }));
+    }
+    if architecture == "gemma3" {
+        let layers = file.metadata("gemma3.block_count").and_then(gguf::Value::as_u64);
+        put("query_pre_attn_scalar", json!(if layers == Some(62) { 168 } else { 256 }));
+    }
+    let decoder =
+        ConfigJson { file: file.path().to_owned(), value: Value::Object(value), gguf: Some(architecture.into()) }
+            .read()?;
+    let decoder = divided(file, decoder)?;
+    let linears = file.tensors().filter(|(_, tensor)| tensor.shape.len() == 2);
+    let quantized_bytes = Some(linears.map(|(_, tensor)| tensor.num_bytes()).sum());
+    Ok(DecoderConfig { quantized_bytes, ..decoder })
+}
+
+/// Rope's scaling as `config.json` has it.
+fn scaling(
+    file: &GgufFile,
+    architecture: &str,
+    wrong: &impl Fn(String, Option<String>) -> ModelError,
+) -> Result<Option<Value>, ModelError> {
+    let key = |suffix: &str| file.metadata(&format!("{architecture}.rope.scaling.{suffix}"));
+    let vector = |name: &str| -> Result<Option<Vec<f32>>, ModelError> {
+        let Some(tensor) = file.tensor(name) else { return Ok(None) };
+        let len = tensor.shape.first().copied().unwrap_or(0);
+        Ok(Some(file.vector(name, len)?))
+    };
+    if let (Some(long), Some(short)) = (vector("rope_factors_long.weight")?, vector("rope_factors_short.weight")?) {
+        let mut scaling = json!({"rope_type": "longrope", "long_factor": long, "short_factor": short});
+        if let Some(factor) = key("attn_factor").and_then(gguf::Value::as_f64) {
+            scaling["attention_factor"] = json!(factor);
+        }
+        return Ok(Some(scaling));
+    }
+    match key("type").and_then(gguf::Value::as_str) {
+        None | Some("none") => Ok(None),
+        Some("linear") => {
+            Ok(Some(json!({"rope_type": "linear", "factor": key("factor").map_or(Value::Null, plain)})))
+        }
+        Some(other) => {
+            let help = "supported: none, linear, and factors in tensors of the file".to_owned();
+            Err(wrong(
+                format!("metadata `{architecture}.rope.scaling.type` is `{other}`, which is not supported"),
+                Some(help),
+            ))
+        }
+    }
+}
+
+/// Llama 3.1's scaling comes as what each frequency is divided by.
+fn divided(file: &GgufFile, mut decoder: DecoderConfig) -> Result<DecoderConfig, ModelError> {
+    const NAME: &str = "rope_freqs.weight";
+    if file.tensor(NAME).is_some() {
+        for rope in &mut decoder.ropes {
+            let factors = file.vector(NAME, rope.inverse_frequencies.len())?;
+            rope.inverse_frequencies.iter_mut().zip(factors).for_each(|(f, factor)| *f /= factor);
+        }
+    }
+    Ok(decoder)
+}
+
+fn plain(value: &gguf::Value) -> Value {
+    match value {
+        gguf::Value::Unsigned(n) => json!(n),
+        gguf::Value::Signed(n) => json!(n),
+        // eps was a decimal number before it became an f32
+        gguf::Value::Float(x) => Number::from_f64(short(*x)).map_or(Value::Null, Value::Number),
+        gguf::Value::Bool(flag) => json!(flag),
+        gguf::Value::Text(text) => json!(text),
+        gguf::Value::Array(values) => {
+            // one number for all layers, where they are all the same
+            let same = values.windows(2).all(|two| two[0] == two[1]);
+            match values.first() {
+                Some(first) if same => plain(first),
+                _ => Value::Array(values.iter().map(plain).collect()),
+            }
+        }
+    }
+}
+
+/// The shortest decimal number that is the same f32.
+fn short(x: f64) -> f64 {
+    (x as f32).to_string().parse().unwrap_or(x)
+}
