@@ -10,6 +10,7 @@ pub mod generate;
 mod layer;
 pub mod memory;
 pub mod packed;
+mod source;
 #[cfg(test)]
 mod tests;
 mod weights;
@@ -24,9 +25,11 @@ use thiserror::Error;
 pub use config::{DecoderConfig, Module, Projection};
 pub use decoder::{Activations, Adapter, Decoder, Forward, Keep};
 pub use packed::{Packed, Packer, PromptSpan};
+pub use source::{Base, Source};
 pub use weights::WeightFiles;
 
 use crate::adapter::{Adapters, Gradients};
+use crate::hub::HubError;
 use crate::progress::Console;
 use crate::tensor_file::TensorFileError;
 
@@ -34,8 +37,14 @@ use crate::tensor_file::TensorFileError;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelConfig {
-    /// A local folder in Hugging Face layout.
+    /// A local folder in Hugging Face layout, a local GGUF file, or `ORG/NAME` on the hub. See [`Source`].
     pub source: PathBuf,
+    /// The branch, tag or commit of a repository on the hub.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
+    /// The GGUF file of a repository on the hub.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<String>,
 }
 
 /// What can be wrong with a model.
@@ -44,6 +53,13 @@ pub enum ModelError {
     /// The folder is not there.
     #[error("[model] source: there is no folder {}", .0.display())]
     NoFolder(PathBuf, #[help] String),
+    /// The GGUF file is not there.
+    #[error("[model] source: there is no file {}", .0.display())]
+    NoFile(PathBuf, #[help] String),
+    /// From the hub.
+    #[error(transparent)]
+    #[diagnostic(transparent)]
+    Hub(#[from] HubError),
     /// A file of the model is missing, broken or describes what is not supported.
     #[error("{}: {problem}", file.display())]
     File {
@@ -77,8 +93,8 @@ pub fn check_folder(folder: &Path) -> Result<(), ModelError> {
     let help = if folder.is_file() {
         "source is the folder with config.json, tokenizer.json and the safetensors files, not one of them"
     } else {
-        "source is a local folder in Hugging Face layout: config.json, tokenizer.json, *.safetensors; \
-         `hf download ORG/NAME --local-dir DIR` makes one"
+        "source is a local folder in Hugging Face layout (config.json, tokenizer.json, *.safetensors), or ORG/NAME of a \
+         model on the hub"
     };
     Err(ModelError::NoFolder(folder.to_owned(), help.to_owned()))
 }

@@ -13,8 +13,8 @@ use super::layer::{Layer, Linear};
 use crate::progress::Console;
 use crate::tensor_file::{TensorFile, read_text};
 
-const INDEX: &str = "model.safetensors.index.json";
-const SINGLE: &str = "model.safetensors";
+pub(super) const INDEX: &str = "model.safetensors.index.json";
+pub(super) const SINGLE: &str = "model.safetensors";
 
 /// Tensors that a checkpoint may hold and a decoder has no use for.
 fn is_known_extra(name: &str, config: &DecoderConfig) -> bool {
@@ -140,7 +140,7 @@ impl WeightFiles {
 }
 
 /// The names of the weight files of a folder.
-fn file_names(folder: &Path) -> Result<Vec<String>, ModelError> {
+pub(super) fn file_names(folder: &Path) -> Result<Vec<String>, ModelError> {
     let index = folder.join(INDEX);
     let error = |file: &Path, problem: String, help: Option<String>| ModelError::File {
         file: file.to_owned(),

@@ -9,7 +9,7 @@ use jiff::Zoned;
 use miette::{Diagnostic, miette};
 use thiserror::Error;
 
-use super::super::prepare::Setup;
+use super::super::prepare::{Setup, from_base};
 use super::super::{Failure, failed, request};
 use crate::adapter::{self, AdapterConfig, Adapters, LoraConfig, peft};
 use crate::bytes;
@@ -96,15 +96,16 @@ pub(super) fn prepare(arguments: &cli::Run, console: &Console) -> Result<Prepare
     let resolved = setup.resolve(&out)?;
     resolved.memory.check(&setup.parsed).map_err(request)?;
     let expected_memory = setup.forecast(&resolved).inventory.total();
-    let Setup { parsed, decoder: decoder_config, modules, lora, codec, train, eval, .. } = setup;
+    let Setup { parsed, base, decoder: decoder_config, modules, lora, codec, train, eval, .. } = setup;
     let recipe = &parsed.recipe;
     let (source, loss) = (&recipe.model.source, recipe.loss.clone());
     let parameters = decoder_config.num_parameters();
-    let decoder = Model::load_decoder(source, console).map_err(request)?;
+    base.fetch_weights(console).map_err(from_base)?;
+    let decoder = Model::load_decoder(base.path(), console).map_err(request)?;
     console.fact("model", format_args!("{} parameters, {}", short(parameters), source.display()));
     let fingerprints = Fingerprints {
         data: train.fingerprint().to_string(),
-        base: WeightFiles::open(source).map_err(request)?.fingerprint(console),
+        base: WeightFiles::open(base.path()).map_err(request)?.fingerprint(console),
     };
 
     let (adapters, resumed, folder) = match resumed {
