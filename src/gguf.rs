@@ -255,7 +255,14 @@ impl<'b> Reader<'b> {
         }
         let tensors = self.u64("the number of tensors")?;
         let values = self.u64("the number of metadata values")?;
-        // whatever the numbers claim, each entry takes bytes that have to be there
+        // each entry takes so many bytes at the least, which have to be there
+        for (what, count, least) in [("tensors", tensors, 32), ("metadata values", values, 13)] {
+            if count > (self.bytes.len() / least) as u64 {
+                let problem =
+                    format!("is cut short: {} bytes are there, and it speaks of {count} {what}", self.bytes.len());
+                return Err(Broken { problem, truncated: true });
+            }
+        }
         let mut metadata = BTreeMap::new();
         for i in 0..values {
             let key = self.text(&format!("the key of metadata value {i}"))?.to_owned();
@@ -578,7 +585,7 @@ pub(crate) mod tests {
         }
         let mut bytes = sample().bytes();
         let at = bytes.windows(6).position(|w| w == b"matrix").expect("its name") + 6 + 4;
-        bytes[at..at + 8].copy_from_slice(&(1u64 << 62).to_le_bytes());
+        bytes[at..at + 8].copy_from_slice(&(1u64 << 63).to_le_bytes());
         let problem = open(&bytes).expect_err("it overflows").problem;
         assert!(problem.contains("tensor `matrix` cannot be"), "{problem}");
         let of_type = |number: u32| {

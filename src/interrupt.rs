@@ -1,4 +1,5 @@
-//! Ctrl-C and SIGTERM: the first ends the work at the next good place, the second at once.
+//! Ctrl-C and SIGTERM: the first ends the work at the next good place, the second at once. While there is nothing to save
+//! the first does too.
 
 use std::io;
 use std::sync::Arc;
@@ -11,23 +12,29 @@ use signal_hook::flag;
 #[derive(Debug, Clone)]
 pub struct Interrupt {
     signal: Arc<AtomicUsize>,
+    /// The next signal ends the process.
+    at_once: Arc<AtomicBool>,
 }
 
 impl Interrupt {
-    /// Listens from now on.
+    /// Listens from now on, with nothing to save yet.
     ///
     /// # Errors
     /// The system's.
     pub fn listen() -> io::Result<Self> {
-        let signal = Arc::new(AtomicUsize::new(0));
+        let (signal, at_once) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(true)));
         for number in [SIGINT, SIGTERM] {
-            let asked = Arc::new(AtomicBool::new(false));
-            // in this order: the first signal finds `asked` unset, the second ends the process
-            flag::register_conditional_shutdown(number, exit_code(number as usize).into(), asked.clone())?;
-            flag::register(number, asked)?;
+            // in this order: the first signal finds `at_once` unset, the second ends the process
+            flag::register_conditional_shutdown(number, exit_code(number as usize).into(), at_once.clone())?;
+            flag::register(number, at_once.clone())?;
             flag::register_usize(number, signal.clone(), number as usize)?;
         }
-        Ok(Self { signal })
+        Ok(Self { signal, at_once })
+    }
+
+    /// From now on there is something to save: the first signal is only noted.
+    pub fn save_first(&self) {
+        self.at_once.store(false, Ordering::Relaxed);
     }
 
     /// The exit code to stop with, if somebody asked: 130 for Ctrl-C, 143 for SIGTERM.

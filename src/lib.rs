@@ -10,6 +10,7 @@
 //! | [`commands`] | what the binary does; the only place that joins stages |
 //! | [`recipe`] | the TOML recipe: config structs composed, overrides, errors with positions |
 //! | [`data`] | preference files to token ids: row shapes, chat templates, boundaries, truncation |
+//! | [`hub`] | models and data sets of the Hugging Face hub, fetched and kept |
 //! | [`model`] | the decoder, model families, weights, packed batches, generation |
 //! | [`ops`] | its operators, each a forward and a backward |
 //! | [`quant`] | frozen matrices: dense, GGUF blocks, NF4 |
@@ -29,6 +30,7 @@ pub mod data;
 pub mod files;
 pub mod gguf;
 mod hostile;
+pub mod hub;
 pub mod interrupt;
 pub mod loss;
 pub mod machine;

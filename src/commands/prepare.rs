@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 use miette::Diagnostic;
 use thiserror::Error;
 
-use super::{Failure, request};
+use super::{Failure, failed, request};
 use crate::adapter::{AdapterConfig, LoraConfig, peft};
-use crate::data::{self, Codec, Dataset, Wanted};
+use crate::data::{self, Codec, DataError, Dataset, Wanted};
+use crate::hub::{Cause, Hub};
 use crate::machine;
 use crate::model::memory::Rows;
-use crate::model::{DecoderConfig, ModelError, Module, family};
+use crate::model::{Base, DecoderConfig, ModelError, Module};
 use crate::progress::Console;
 use crate::recipe::{Inputs, Parsed, Resolved};
 use crate::train::memory::Inventory;
@@ -21,6 +22,7 @@ use crate::train::{PackingFacts, Plan};
 #[derive(Debug)]
 pub(super) struct Setup {
     pub(super) parsed: Parsed,
+    pub(super) base: Base,
     pub(super) decoder: DecoderConfig,
     pub(super) modules: Vec<Module>,
     pub(super) lora: LoraConfig,
@@ -44,10 +46,9 @@ struct TokenOutside {
 impl Setup {
     pub(super) fn read(parsed: Parsed, console: &Console) -> Result<Self, Failure> {
         let recipe = &parsed.recipe;
-        let source = &recipe.model.source;
-        crate::model::check_folder(source).map_err(|e| in_recipe(e, &parsed))?;
-        let decoder =
-            family::read_config(source).and_then(|decoder| decoder.kept(recipe.model.quant)).map_err(request)?;
+        let base = Base::locate(&recipe.model, Hub::from_env, console).map_err(|e| in_recipe(e, &parsed))?;
+        let source = base.path();
+        let decoder = base.config(recipe.model.quant).map_err(request)?;
         let modules = decoder.modules();
         // before any data is read: names that match nothing are a matter of the recipe
         let lora = lora_config(&recipe.adapter)?;
@@ -62,7 +63,10 @@ impl Setup {
         }
         let load = |sources, keep_pairs| {
             let wanted = Wanted { examples: recipe.loss.examples(), keep_pairs };
-            data::load(sources, &recipe.data, &codec, wanted, console).map_err(request)
+            data::load(sources, &recipe.data, &codec, wanted, console).map_err(|error| match error {
+                DataError::Hub(error) if error.cause != Cause::Request => failed(error),
+                other => request(other),
+            })
         };
         let train = load(&recipe.data.train, false)?;
         tell_data(console, "train", &train);
@@ -76,21 +80,22 @@ impl Setup {
         };
         let outside = |what, dataset: &Dataset| {
             let (id, vocabulary) = (dataset.facts().largest_id, decoder.vocab_size);
-            let error = || TokenOutside { what, id, vocabulary, model: source.clone() };
+            let error = || TokenOutside { what, id, vocabulary, model: source.to_owned() };
             if (id as usize) < vocabulary { Ok(()) } else { Err(request(error())) }
         };
         outside("the training data", &train)?;
         eval.as_ref().map_or(Ok(()), |eval| outside("the held-out data", eval))?;
-        Ok(Self { decoder, modules, lora, adapted, codec, train, eval, parsed })
+        Ok(Self { base, decoder, modules, lora, adapted, codec, train, eval, parsed })
     }
 
     /// The recipe with every value, for a run into the folder `out`.
     pub(super) fn resolve(&self, out: &Path) -> Result<Resolved, Failure> {
-        let Self { parsed, decoder, lora, adapted, codec, train, eval, .. } = self;
+        let Self { parsed, base, decoder, lora, adapted, codec, train, eval, .. } = self;
         let config = &parsed.recipe.train;
         let inputs = Inputs {
             out,
             epoch_examples: train.epoch(0, config.seed, config.shuffle).len(),
+            commit: base.commit(),
             decoder,
             lora,
             adapted,
@@ -130,12 +135,26 @@ pub(super) struct Forecast {
     pub(super) inventory: Inventory,
 }
 
-/// A model folder that is not there is a mistake in the recipe.
+/// A model that is not there is a mistake in the recipe.
 fn in_recipe(error: ModelError, parsed: &Parsed) -> Failure {
+    let mistake = |problem: String, help| request(parsed.error("model.source", problem, help));
     match error {
-        ModelError::NoFolder(folder, help) => {
-            request(parsed.error("model.source", format!("there is no folder {}", folder.display()), Some(help)))
+        ModelError::NoFolder(path, help) => mistake(format!("there is no folder {}", path.display()), Some(help)),
+        ModelError::NoFile(path, help) => mistake(format!("there is no file {}", path.display()), Some(help)),
+        ModelError::Hub(error) if error.cause == Cause::Request => {
+            let path = parsed.recipe.model.source.display();
+            let tried = format!("there is no local path {path}, so it was looked up on the hub");
+            let help = error.help.as_ref().map_or_else(|| tried.clone(), |help| format!("{help} ({tried})"));
+            mistake(error.to_string(), Some(help))
         }
+        other => from_base(other),
+    }
+}
+
+/// What is wrong with a base is a wrong request, but for a transfer that failed.
+pub(super) fn from_base(error: ModelError) -> Failure {
+    match error {
+        ModelError::Hub(error) if error.cause != Cause::Request => failed(error),
         other => request(other),
     }
 }

@@ -9,6 +9,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde::Serialize;
 
 use super::source::Place;
+use crate::hub::is_address;
 use crate::progress::thousands;
 
 /// One example: a pair has both completions, a desirable answer or a demonstration only `chosen`, an undesirable
@@ -388,7 +389,9 @@ impl Dataset {
 
 impl Origin {
     fn name(&self, place: Place) -> String {
-        format!("{} {place}", self.path.file_name().unwrap_or_default().to_string_lossy())
+        // an address on the hub says more than its last part
+        let own = if is_address(&self.path) { None } else { self.path.file_name() };
+        format!("{} {place}", own.unwrap_or(self.path.as_os_str()).to_string_lossy())
     }
 }
 

@@ -23,10 +23,11 @@ pub use codec::Codec;
 pub use dataset::{Dataset, DropReason, Dropped, Drops, Example, Facts};
 pub use source::{Place, Source, Sources};
 
+use crate::hub::HubError;
 use crate::loss::Examples;
 use crate::progress::Console;
 use crate::range::Count;
-use crate::suggest::did_you_mean;
+use crate::suggest::{did_you_mean, list};
 use crate::tensor_file::TensorFileError;
 use encode::Limits;
 use format::{Form, Shape};
@@ -137,6 +138,10 @@ pub struct Wanted {
 /// What can be wrong with data, a tokenizer or a chat template.
 #[derive(Debug, Error, Diagnostic)]
 pub enum DataError {
+    /// From the hub.
+    #[error(transparent)]
+    #[diagnostic(transparent)]
+    Hub(#[from] HubError),
     /// A file, or a row of it.
     #[error("{}{}: {problem}", file.display(), place.map(|place| format!(" {place}")).unwrap_or_default())]
     File {
@@ -200,11 +205,11 @@ pub fn load(
     wanted: Wanted,
     console: &Console,
 ) -> Result<Dataset, DataError> {
-    let files = source::resolve(sources)?;
+    let files = source::resolve(sources, console)?;
     let bar = console.bytes_bar("reading data", files.iter().map(|file| file.bytes).sum());
     let mut dataset = Dataset::default();
     for file in &files {
-        dataset.begin_file(&file.path, file.weight);
+        dataset.begin_file(&file.name, file.weight);
         let mut reading = Reading {
             file,
             config,
@@ -228,7 +233,7 @@ fn nothing_left(files: &[DataFile], dataset: &Dataset) -> DataError {
     let drops = dataset.drops();
     let first = drops.listed().first();
     DataError::NothingLeft {
-        file: files.first().map(|file| file.path.clone()).unwrap_or_default(),
+        file: files.first().map(|file| file.name.clone()).unwrap_or_default(),
         rows: dataset.rows_read(),
         counts: drops.to_string(),
         help: first
@@ -263,7 +268,7 @@ impl Rows for Reading<'_> {
                     None => format!("its columns are {}", list(&columns)),
                 };
                 let problem = format!("has no column `{name}`, which [data.columns] {own} names");
-                return Err(DataError::file(&self.file.path, problem).help(help));
+                return Err(DataError::file(&self.file.name, problem).help(help));
             }
         }
         self.columns = columns;
@@ -282,7 +287,7 @@ impl Reading<'_> {
             self.encode()?;
         }
         if self.shape.is_none() {
-            return Err(DataError::file(&self.file.path, "has no rows"));
+            return Err(DataError::file(&self.file.name, "has no rows"));
         }
         Ok(())
     }
@@ -296,7 +301,7 @@ impl Reading<'_> {
         let rows = std::mem::take(&mut self.rows);
         for row in &rows {
             if let Some(problem) = format::refused(&row.values, shape) {
-                return Err(DataError::row(&self.file.path, row.place, problem.0).help(problem.1));
+                return Err(DataError::row(&self.file.name, row.place, problem.0).help(problem.1));
             }
         }
         let limits = Limits {
@@ -320,12 +325,12 @@ impl Reading<'_> {
                 Ok(example) => {
                     if !self.dataset.push(place, &example) {
                         let problem = "holds more rows than can be counted in 32 bits";
-                        return Err(DataError::file(&self.file.path, problem).help("split the data"));
+                        return Err(DataError::file(&self.file.name, problem).help("split the data"));
                     }
                 }
                 Err(bad) => {
                     if self.config.bad_rows == BadRows::Error && bad.reason != DropReason::NotDesired {
-                        return Err(DataError::row(&self.file.path, place, bad.detail)
+                        return Err(DataError::row(&self.file.name, place, bad.detail)
                             .help(format!("{}, or set [data] bad_rows = \"drop\"", bad.reason.remedy())));
                     }
                     self.dataset.drop_row(place, bad.reason, bad.detail);
@@ -337,7 +342,7 @@ impl Reading<'_> {
 
     /// What the columns mean, by their names and the types in the first row that shows them.
     fn recognise(&mut self) -> Result<Shape, DataError> {
-        let file = &self.file.path;
+        let file = &self.file.name;
         let mut shapes = self.rows.iter().map(|row| Shape::recognise(&row.values));
         let shape = shapes.find_map(Result::ok);
         let Some(shape) = shape else {
@@ -360,15 +365,6 @@ impl Reading<'_> {
         self.shape = Some(shape);
         Ok(shape)
     }
-}
-
-/// Names in words, a long list cut short.
-fn list(names: &[String]) -> String {
-    const SHOWN: usize = 20;
-    let shown: Vec<String> = names.iter().take(SHOWN).map(|name| format!("`{name}`")).collect();
-    let rest = names.len().saturating_sub(SHOWN);
-    let more = if rest > 0 { format!(" and {rest} more") } else { String::new() };
-    format!("{}{more}", shown.join(", "))
 }
 
 #[cfg(test)]

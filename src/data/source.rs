@@ -15,15 +15,16 @@ use serde_json::{Map, Value};
 
 use super::{Columns, DataError};
 use crate::hostile::unpanicked;
-use crate::progress::Bar;
+use crate::hub::{self, Address, Hub};
+use crate::progress::{Bar, Console};
 use crate::suggest::did_you_mean;
 use crate::tensor_file::{describe_io, is_lfs_pointer};
 
-/// A file or glob, and how often an epoch sees each of its rows.
+/// A file, a glob or an address on the hub, and how often an epoch sees each of its rows.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Source {
-    /// A file, or a pattern with `*`, `?` or `[...]`.
+    /// A file, a pattern with `*`, `?` or `[...]`, or `hf://datasets/ORG/NAME/SPLIT`.
     pub path: PathBuf,
     /// Times an epoch sees each row: 2 is every row twice, 0.5 a random half of them, another half every epoch.
     #[serde(default)]
@@ -70,9 +71,9 @@ impl Sources {
         Self(vec![Source { path: path.into(), weight: Weight::default() }])
     }
 
-    /// The files and globs, to anchor those that are relative.
+    /// The local files and globs, to anchor those that are relative.
     pub fn paths_mut(&mut self) -> impl Iterator<Item = &mut PathBuf> {
-        self.0.iter_mut().map(|source| &mut source.path)
+        self.0.iter_mut().map(|source| &mut source.path).filter(|path| !hub::is_address(path))
     }
 }
 
@@ -181,21 +182,31 @@ enum Format {
 /// A file to read.
 #[derive(Debug)]
 pub(super) struct DataFile {
-    pub(super) path: PathBuf,
+    /// Where it is.
+    path: PathBuf,
+    /// What messages call it: its path, or its address on the hub.
+    pub(super) name: PathBuf,
     pub(super) weight: f64,
     pub(super) bytes: u64,
     format: Format,
 }
 
-/// The files that `sources` name, in order, those of a glob by name.
-pub(super) fn resolve(sources: &Sources) -> Result<Vec<DataFile>, DataError> {
+/// The files that `sources` name, in order, those of a glob or of a split by name. Those of the hub are fetched.
+pub(super) fn resolve(sources: &Sources, console: &Console) -> Result<Vec<DataFile>, DataError> {
     let mut files = Vec::new();
     for source in &sources.0 {
+        if hub::is_address(&source.path) {
+            let address = Address::parse(&source.path.to_string_lossy())?;
+            for (path, name) in address.fetch(&Hub::from_env()?, console)? {
+                files.push(DataFile::open(path, name, source.weight.into())?);
+            }
+            continue;
+        }
         // a file may have brackets in its name
         let is_pattern = source.path.to_string_lossy().contains(['*', '?', '[']) && !source.path.exists();
         let paths = if is_pattern { matches(&source.path)? } else { vec![source.path.clone()] };
         for path in paths {
-            files.push(DataFile::open(path, source.weight.into())?);
+            files.push(DataFile::open(path.clone(), path, source.weight.into())?);
         }
     }
     Ok(files)
@@ -235,21 +246,19 @@ fn what_is_there(folder: &Path, name: &Path) -> String {
 }
 
 impl DataFile {
-    fn open(path: PathBuf, weight: f64) -> Result<Self, DataError> {
-        let error = |problem: &str, help: &str| DataError::file(&path, problem).help(help);
+    fn open(path: PathBuf, name: PathBuf, weight: f64) -> Result<Self, DataError> {
+        let error = |problem: &str, help: &str| DataError::file(&name, problem).help(help);
         if path.is_dir() {
             return Err(error("is a folder, not a file", "a glob reads the files of a folder: FOLDER/*.parquet"));
         }
         let bytes = match std::fs::metadata(&path) {
             Ok(metadata) => metadata.len(),
             Err(e) => {
-                let (folder, name) = (path.parent().unwrap_or(Path::new("")), path.file_name().unwrap_or_default());
+                let (folder, file) = (path.parent().unwrap_or(Path::new("")), path.file_name().unwrap_or_default());
                 let help = if folder.as_os_str().is_empty() || folder.is_dir() {
-                    what_is_there(folder, Path::new(name))
+                    what_is_there(folder, Path::new(file))
                 } else {
-                    "data is read from local files; \
-                     `hf download ORG/NAME --repo-type dataset --local-dir DIR` fetches a data set"
-                        .to_owned()
+                    "data is a local file or glob, or hf://datasets/ORG/NAME/SPLIT on the hub".to_owned()
                 };
                 return Err(error(&describe_io(&e), &help));
             }
@@ -272,7 +281,7 @@ impl DataFile {
             }
             _ => return Err(error("has no known extension", "what is read is .parquet, .jsonl, .ndjson and .json")),
         };
-        Ok(Self { path, weight, bytes, format })
+        Ok(Self { path, name, weight, bytes, format })
     }
 
     /// Hands all rows to `rows`.
@@ -285,7 +294,7 @@ impl DataFile {
     }
 
     fn open_file(&self) -> Result<File, DataError> {
-        File::open(&self.path).map_err(|e| DataError::file(&self.path, describe_io(&e)))
+        File::open(&self.path).map_err(|e| DataError::file(&self.name, describe_io(&e)))
     }
 
     fn read_lines(&self, columns: &Columns, bar: &Bar<'_>, rows: &mut dyn Rows) -> Result<(), DataError> {
@@ -295,13 +304,13 @@ impl DataFile {
             line.clear();
             let place = Place::Line(number);
             let read = (&mut file).take(MAX_LINE + 1).read_until(b'\n', &mut line);
-            let read = read.map_err(|e| DataError::row(&self.path, place, describe_io(&e)))? as u64;
+            let read = read.map_err(|e| DataError::row(&self.name, place, describe_io(&e)))? as u64;
             if read == 0 {
                 break;
             }
             if read > MAX_LINE {
                 let problem = format!("is longer than {} MiB", MAX_LINE >> 20);
-                return Err(DataError::row(&self.path, place, problem).help("JSON lines hold one row a line"));
+                return Err(DataError::row(&self.name, place, problem).help("JSON lines hold one row a line"));
             }
             bar.advance(read);
             let text = if number == 1 { line.strip_prefix(BOM).unwrap_or(&line) } else { &line };
@@ -318,7 +327,7 @@ impl DataFile {
     fn bad_line(&self, place: Place, text: &[u8], error: &serde_json::Error) -> DataError {
         if let Err(e) = std::str::from_utf8(text) {
             let problem = format!("is not UTF-8 text (at byte {})", e.valid_up_to());
-            return DataError::row(&self.path, place, problem).help("save the file as UTF-8");
+            return DataError::row(&self.name, place, problem).help("save the file as UTF-8");
         }
         let help = if error.is_eof() {
             "JSON lines hold one whole row a line; the file may be cut short, or its rows may span lines: \
@@ -328,7 +337,7 @@ impl DataFile {
         };
         // the line of the error is always 1 here, and would be taken for the file's
         let problem = error.to_string().replace(" at line 1 column ", " at column ");
-        DataError::row(&self.path, place, format!("is no JSON: {problem}")).help(help)
+        DataError::row(&self.name, place, format!("is no JSON: {problem}")).help(help)
     }
 
     fn read_array(&self, columns: &Columns, bar: &Bar<'_>, rows: &mut dyn Rows) -> Result<(), DataError> {
@@ -353,14 +362,14 @@ impl DataFile {
         }
         parsed.map_err(|e| {
             let problem = format!("is no JSON array of rows: {e}");
-            let error = DataError::row(&self.path, Place::Row(number + 1), problem);
+            let error = DataError::row(&self.name, Place::Row(number + 1), problem);
             if e.is_eof() { error.help("the file is cut short; fetch it again") } else { error }
         })
     }
 
     fn read_parquet(&self, columns: &Columns, bar: &Bar<'_>, rows: &mut dyn Rows) -> Result<(), DataError> {
         let broken = |place: Option<Place>, e: &dyn fmt::Display| DataError::File {
-            file: self.path.clone(),
+            file: self.name.clone(),
             place,
             problem: format!("is no whole Parquet file: {e}"),
             help: Some("the download or copy may not have finished; fetch the file again".into()),
@@ -403,7 +412,7 @@ impl DataFile {
     ) -> Result<(), DataError> {
         let Value::Object(object) = value else {
             let problem = format!("is {}, not a row", kind(&value));
-            return Err(DataError::row(&self.path, place, problem).help("a row is an object: {\"prompt\": ..., ...}"));
+            return Err(DataError::row(&self.name, place, problem).help("a row is an object: {\"prompt\": ..., ...}"));
         };
         if first {
             rows.columns(object.keys().cloned().collect())?;

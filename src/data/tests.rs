@@ -542,7 +542,11 @@ fn broken_files_are_named_with_what_to_do() {
     assert!(missing("emtpy.jsonl").contains("does not exist | did you mean `"), "{}", missing("emtpy.jsonl"));
     assert!(missing("*.jsn").contains("matches no file"), "{}", missing("*.jsn"));
     assert!(missing("").contains("is a folder, not a file | a glob reads the files of a folder"), "{}", missing(""));
-    assert!(missing("no/such/file.jsonl").contains("hf download"), "{}", missing("no/such/file.jsonl"));
+    assert!(
+        missing("no/such/file.jsonl").contains("hf://datasets/ORG/NAME/SPLIT"),
+        "{}",
+        missing("no/such/file.jsonl")
+    );
 }
 
 #[test]

@@ -218,6 +218,9 @@ impl DecoderConfig {
     pub fn kept(self, quant: Quant) -> Result<Self, ModelError> {
         match (self.quant, quant) {
             (_, Quant::None) => Ok(self),
+            (_, asked) if self.quantized_bytes.is_some() => {
+                Err(ModelError::Quantized { is: "GGUF's blocks", asked: asked.name() })
+            }
             (Quant::None, quant) => Ok(Self { quant, ..self }),
             (is, asked) if is == asked => Ok(self),
             (is, asked) => Err(ModelError::Quantized { is: is.name(), asked: asked.name() }),

@@ -10,13 +10,13 @@ pub mod generate;
 mod layer;
 pub mod memory;
 pub mod packed;
+mod source;
 #[cfg(test)]
 mod tests;
 mod weights;
 
 use std::path::{Path, PathBuf};
 
-use candle_core::DType;
 use miette::Diagnostic;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -24,10 +24,11 @@ use thiserror::Error;
 pub use config::{Biases, DecoderConfig, LayerConfig, Module, Projection, Rope};
 pub use decoder::{Activations, Adapter, Decoder, Forward, Keep};
 pub use packed::{Packed, Packer, PromptSpan};
+pub use source::{Base, Source};
 pub use weights::{WeightFiles, gguf_decoder};
 
 use crate::adapter::{Adapters, Gradients};
-use crate::progress::Console;
+use crate::hub::HubError;
 use crate::quant::Quant;
 use crate::tensor_file::TensorFileError;
 
@@ -35,11 +36,17 @@ use crate::tensor_file::TensorFileError;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelConfig {
-    /// A local folder in Hugging Face layout.
+    /// A local folder in Hugging Face layout, a local GGUF file, or `ORG/NAME` on the hub. See [`Source`].
     pub source: PathBuf,
     /// How the base's matrices are kept in memory.
     #[serde(default)]
     pub quant: Quant,
+    /// The branch, tag or commit of a repository on the hub.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
+    /// The GGUF file of a repository on the hub.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<String>,
 }
 
 /// What can be wrong with a model.
@@ -48,6 +55,13 @@ pub enum ModelError {
     /// The folder is not there.
     #[error("[model] source: there is no folder {}", .0.display())]
     NoFolder(PathBuf, #[help] String),
+    /// The GGUF file is not there.
+    #[error("[model] source: there is no file {}", .0.display())]
+    NoFile(PathBuf, #[help] String),
+    /// From the hub.
+    #[error(transparent)]
+    #[diagnostic(transparent)]
+    Hub(#[from] HubError),
     /// A file of the model is missing, broken or describes what is not supported.
     #[error("{}: {problem}", file.display())]
     File {
@@ -90,8 +104,8 @@ pub fn check_folder(folder: &Path) -> Result<(), ModelError> {
     let help = if folder.is_file() {
         "source is the folder with config.json, tokenizer.json and the safetensors files, not one of them"
     } else {
-        "source is a local folder in Hugging Face layout: config.json, tokenizer.json, *.safetensors; \
-         `hf download ORG/NAME --local-dir DIR` makes one"
+        "source is a local folder in Hugging Face layout (config.json, tokenizer.json, *.safetensors), or ORG/NAME of a \
+         model on the hub"
     };
     Err(ModelError::NoFolder(folder.to_owned(), help.to_owned()))
 }
@@ -108,14 +122,6 @@ impl Model {
     #[must_use]
     pub fn new(decoder: Decoder, adapters: Adapters) -> Self {
         Self { decoder, adapters }
-    }
-
-    /// Loads the decoder that `config` describes from a Hugging Face folder, to compute in f32.
-    ///
-    /// # Errors
-    /// See [`ModelError`].
-    pub fn load_decoder(config: DecoderConfig, folder: &Path, console: &Console) -> Result<Decoder, ModelError> {
-        WeightFiles::open(folder)?.decoder(config, DType::F32, console)
     }
 
     /// The frozen base.

@@ -13,6 +13,7 @@ use super::*;
 use crate::adapter::{self, LoraConfig, Targets, peft};
 use crate::ops::check::{close, composed, finite_difference, normal};
 use crate::ops::completion_logps::TokenScore;
+use crate::progress::Console;
 
 /// A tiny model: head width times heads is not the hidden size, so that no transposed matrix would fit.
 #[derive(Debug, Clone, Copy)]

@@ -17,8 +17,8 @@ use crate::quant::nf4::{self, Nf4, Scales};
 use crate::quant::{self, Kept, Quantized, Weight};
 use crate::tensor_file::{TensorFile, read_text};
 
-const INDEX: &str = "model.safetensors.index.json";
-const SINGLE: &str = "model.safetensors";
+pub(super) const INDEX: &str = "model.safetensors.index.json";
+pub(super) const SINGLE: &str = "model.safetensors";
 
 /// Tensors that a checkpoint may hold and a decoder has no use for.
 fn is_known_extra(name: &str, config: &DecoderConfig) -> bool {
@@ -71,16 +71,15 @@ impl WeightFiles {
         self.files.iter().map(TensorFile::path)
     }
 
-    /// A hash of all files, which names the base.
+    /// All bytes of the files, one after the other.
+    pub fn chunks(&self) -> impl Iterator<Item = &[u8]> {
+        self.files.iter().flat_map(TensorFile::chunks)
+    }
+
+    /// Length of all files in bytes.
     #[must_use]
-    pub fn fingerprint(&self, console: &Console) -> String {
-        let bar = console.bytes_bar("hashing weights", self.files.iter().map(|f| f.num_bytes() as u64).sum());
-        let mut hasher = blake3::Hasher::new();
-        for chunk in self.files.iter().flat_map(TensorFile::chunks) {
-            hasher.update(chunk);
-            bar.advance(chunk.len() as u64);
-        }
-        hasher.finalize().to_string()
+    pub fn num_bytes(&self) -> usize {
+        self.files.iter().map(TensorFile::num_bytes).sum()
     }
 
     /// Reads all weights of a decoder onto the CPU: dense ones as `dtype` (F32 or F64), matrices as `config.quant` keeps
@@ -386,7 +385,7 @@ struct Nf4State {
 }
 
 /// The names of the weight files of a folder.
-fn file_names(folder: &Path) -> Result<Vec<String>, ModelError> {
+pub(super) fn file_names(folder: &Path) -> Result<Vec<String>, ModelError> {
     let index = folder.join(INDEX);
     let error = |file: &Path, problem: String, help: Option<String>| ModelError::File {
         file: file.to_owned(),

@@ -18,7 +18,7 @@ pub use resolved::{Inputs, Memory, Resolved};
 use crate::adapter::AdapterConfig;
 use crate::data::DataConfig;
 use crate::loss::Loss;
-use crate::model::ModelConfig;
+use crate::model::{ModelConfig, Source};
 use crate::range::{Count, Share};
 use crate::train::{EvalConfig, ReferenceConfig, TrainConfig};
 
@@ -70,7 +70,7 @@ impl Default for RunConfig {
 }
 
 impl Recipe {
-    /// Every path in it with the key that holds it.
+    /// Every local path in it with the key that holds it.
     fn paths(&mut self) -> Vec<(&'static str, &mut PathBuf)> {
         let mut paths: Vec<(&'static str, &mut PathBuf)> = vec![("model.source", &mut self.model.source)];
         paths.extend(self.run.out.as_mut().map(|path| ("run.out", path)));
@@ -97,6 +97,15 @@ impl Recipe {
         }
         if self.eval.every.is_some() && self.data.eval.is_none() {
             add("eval.every", "there is nothing to evaluate", "add `eval = \"FILE\"` to [data]");
+        }
+        if !matches!(self.model.source(), Source::Hub { .. }) {
+            let given =
+                [("model.revision", self.model.revision.is_some()), ("model.file", self.model.file.is_some())];
+            for (key, _) in given.into_iter().filter(|(_, given)| *given) {
+                let help =
+                    "it belongs to a repository of the hub, whose source is ORG/NAME: remove it, or mend the source";
+                add(key, &format!("`{key}` is given, and the source is a local path"), help);
+            }
         }
         if let Some(longest) = self.data.max_prompt_length
             && longest >= self.data.max_length

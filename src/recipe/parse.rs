@@ -10,6 +10,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::error::{Sources, reword};
 use super::{Recipe, RecipeError, anchored};
+use crate::hub;
 use crate::suggest::did_you_mean;
 use crate::tensor_file::describe_io;
 
@@ -30,7 +31,7 @@ pub enum Origin {
 /// A recipe with where its values came from.
 #[derive(Debug, Clone)]
 pub struct Parsed {
-    /// The recipe, paths made absolute.
+    /// The recipe, local paths made absolute.
     pub recipe: Recipe,
     /// The file as it was written.
     pub text: String,
@@ -149,7 +150,12 @@ pub fn parse(
     let origins = Parsed { recipe: recipe.clone(), text: text.to_owned(), spans, sources };
     for (key, path) in recipe.paths() {
         let base = if origins.origin(key) == Origin::Set { working_directory } else { folder };
-        *path = anchored(path, base);
+        let local = anchored(path, base);
+        // a path that is there comes first; what is not, and has the form of a hub id, is left as one
+        let is_id = key == "model.source" && path.to_str().is_some_and(hub::is_id);
+        if !is_id || local.exists() {
+            *path = local;
+        }
     }
     let parsed = Parsed { recipe, ..origins };
     let mut contradictions =

@@ -7,6 +7,7 @@ use super::{Origin, Parsed, Recipe, RecipeError};
 use crate::adapter::LoraConfig;
 use crate::bytes::{self, Bytes};
 use crate::data::Dataset;
+use crate::hub;
 use crate::model::DecoderConfig;
 use crate::model::memory::Shape;
 use crate::progress::thousands;
@@ -26,6 +27,8 @@ pub struct Inputs<'a> {
     pub out: &'a Path,
     /// Examples an epoch, weights applied.
     pub epoch_examples: usize,
+    /// The commit that the base is at, if it is of the hub.
+    pub commit: Option<&'a str>,
     /// The base's shape.
     pub decoder: &'a DecoderConfig,
     /// The adapter, from the recipe or from `init`.
@@ -123,6 +126,13 @@ impl Resolved {
         let mut recipe = parsed.recipe.clone();
         let mut reasons = Vec::new();
         recipe.run.out = Some(inputs.out.to_owned());
+        if let Some(commit) = inputs.commit {
+            let named = recipe.model.revision.replace(commit.to_owned());
+            let named = named.unwrap_or_else(|| hub::MAIN.to_owned());
+            if named != commit {
+                reasons.push(("model.revision", format!("{named} when the run was begun")));
+            }
+        }
 
         let batch_size = recipe.train.batch_size.get();
         let per_epoch = inputs.epoch_examples.div_ceil(batch_size);

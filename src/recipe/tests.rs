@@ -124,6 +124,7 @@ fn resolve(parsed: &Parsed, free: Option<usize>, dropout: f64) -> Result<Resolve
         &Inputs {
             out: Path::new("/runs/a"),
             epoch_examples: 100,
+            commit: None,
             decoder: &decoder,
             lora: &lora,
             adapted: &[true; 14],

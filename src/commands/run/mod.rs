@@ -29,7 +29,9 @@ use crate::train::{Evaluation, Metrics, TrainError, Trainer};
 pub fn run(arguments: &cli::Run) -> Result<(), Failure> {
     let console = Console::new(arguments.quiet);
     let interrupt = Interrupt::listen().map_err(|e| Failure::Failed(miette!("cannot listen for signals: {e}")))?;
+    // fetching a model may take long; what came of it is kept
     let prepared = prepare::prepare(arguments, &console)?;
+    interrupt.save_first();
     let training = Training::begin(&prepared, &console, &interrupt)?;
     let summary = training.finish()?;
     if arguments.json {

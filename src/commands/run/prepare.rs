@@ -9,7 +9,7 @@ use jiff::Zoned;
 use miette::{Diagnostic, miette};
 use thiserror::Error;
 
-use super::super::prepare::Setup;
+use super::super::prepare::{Setup, from_base};
 use super::super::{Failure, failed, request};
 use crate::adapter::{self, AdapterConfig, Adapters, LoraConfig, peft};
 use crate::bytes;
@@ -17,7 +17,7 @@ use crate::cli;
 use crate::data::{Codec, Dataset};
 use crate::files;
 use crate::loss::Loss;
-use crate::model::{Model, WeightFiles};
+use crate::model::Model;
 use crate::progress::{Console, short, thousands};
 use crate::quant::Quant;
 use crate::recipe::{self, Parsed, Resolved};
@@ -97,21 +97,16 @@ pub(super) fn prepare(arguments: &cli::Run, console: &Console) -> Result<Prepare
     let resolved = setup.resolve(&out)?;
     resolved.memory.check(&setup.parsed).map_err(request)?;
     let expected_memory = setup.forecast(&resolved).inventory.total();
-    let Setup { parsed, decoder: decoder_config, modules, lora, codec, train, eval, .. } = setup;
+    let Setup { parsed, base, decoder: decoder_config, modules, lora, codec, train, eval, .. } = setup;
     let recipe = &parsed.recipe;
     let (source, loss) = (&recipe.model.source, recipe.loss.clone());
     let parameters = decoder_config.num_parameters();
+    base.fetch_weights(console).map_err(from_base)?;
     let kept = match decoder_config.quant {
         Quant::None => String::new(),
         quant => format!(" in {}, {}", quant.name(), bytes::shown(decoder_config.num_bytes())),
     };
-    let fingerprint = WeightFiles::open(source).map_err(request)?.fingerprint(console);
-    // the same files, kept otherwise, are another base
-    let base = match decoder_config.quant {
-        Quant::None => fingerprint,
-        quant => format!("{fingerprint}-{}", quant.name()),
-    };
-    let decoder = Model::load_decoder(decoder_config, source, console).map_err(request)?;
+    let (decoder, base) = base.load(decoder_config, console).map_err(request)?;
     console.fact("model", format_args!("{} parameters{kept}, {}", short(parameters), source.display()));
     let fingerprints = Fingerprints { data: train.fingerprint().to_string(), base };
 

@@ -49,7 +49,7 @@ const SCHEMA: &str = "message reference_logps {
 pub struct Entry {
     /// Its number in the data.
     pub example: usize,
-    /// By [`Side`].
+    /// Of chosen and of rejected.
     pub logps: [Option<f64>; 2],
 }
 
