@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 use tokenizers::{AddedToken, Tokenizer};
 
-use super::DataError;
 use super::dataset::DropReason;
 use super::format::{Bad, Message};
 use super::template::Template;
+use super::{DataError, gguf_tokenizer};
 use crate::files::{self, WriteError};
+use crate::gguf::GgufFile;
 use crate::hostile::unpanicked;
 use crate::tensor_file::read_text;
 
@@ -42,24 +43,100 @@ pub struct Codec {
     template: Option<Template>,
     /// The template was given, and takes the place of the model's own.
     overridden: bool,
-    files: Vec<PathBuf>,
+    files: Vec<TokenizerFile>,
     /// Length of tokenizer.json.
     length: usize,
 }
 
-impl Codec {
-    /// Opens the tokenizer of a model folder. `chat_template` is a Jinja file that takes the place of the model's own.
-    ///
-    /// # Errors
-    /// A file is missing or broken, no EOS is named, or the template does not parse.
-    pub fn open(model_folder: &Path, chat_template: Option<&Path>) -> Result<Self, DataError> {
-        let path = |name: &str| model_folder.join(name);
+/// A file that belongs beside an adapter.
+#[derive(Debug)]
+enum TokenizerFile {
+    Copied(PathBuf),
+    /// Name and text.
+    Made(&'static str, String),
+}
+
+/// What a tokenizer is made of.
+struct Parts {
+    /// What errors name.
+    file: PathBuf,
+    /// `tokenizer.json`
+    text: String,
+    config_file: PathBuf,
+    /// `tokenizer_config.json`
+    config: Map<String, Value>,
+    /// `special_tokens_map.json`
+    special: Map<String, Value>,
+    template: Option<(PathBuf, String)>,
+    /// Ids that end an answer, besides the EOS.
+    stop: Vec<u64>,
+    files: Vec<TokenizerFile>,
+}
+
+impl Parts {
+    /// `with_template`: its own template is wanted.
+    fn of_folder(folder: &Path, with_template: bool) -> Result<Self, DataError> {
+        let path = |name: &str| folder.join(name);
         let file = path(TOKENIZER);
         if !file.exists() && path("tokenizer.model").exists() {
             let help = "transformers writes one: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)";
             return Err(DataError::file(&file, "does not exist beside tokenizer.model").help(help));
         }
         let text = read_text(&file)?;
+        let config = read_object(&path(TOKENIZER_CONFIG))?;
+        let mut generation = read_object(&path("generation_config.json"))?;
+        if !generation.contains_key("eos_token_id") {
+            generation = read_object(&path("config.json"))?;
+        }
+        let stop = match generation.get("eos_token_id") {
+            Some(Value::Array(ids)) => ids.as_slice(),
+            Some(id) => std::slice::from_ref(id),
+            None => &[],
+        };
+        let files = FILES.iter().map(|name| path(name)).filter(|path| path.is_file());
+        Ok(Self {
+            file,
+            text,
+            config_file: path(TOKENIZER_CONFIG),
+            special: read_object(&path(SPECIAL_TOKENS))?,
+            template: if with_template { own_template(folder, &config)? } else { None },
+            config,
+            stop: stop.iter().filter_map(Value::as_u64).collect(),
+            files: files.map(TokenizerFile::Copied).collect(),
+        })
+    }
+
+    fn of_gguf(path: &Path) -> Result<Self, DataError> {
+        let gguf_tokenizer::Files { tokenizer, config, stop } = gguf_tokenizer::read(&GgufFile::open(path)?)?;
+        let made = serde_json::to_string_pretty(&config).unwrap_or_default();
+        let template = config.get("chat_template").and_then(Value::as_str);
+        Ok(Self {
+            file: path.to_owned(),
+            config_file: path.to_owned(),
+            special: Map::new(),
+            template: template.map(|source| (path.to_owned(), source.to_owned())),
+            config,
+            stop,
+            files: vec![
+                TokenizerFile::Made(TOKENIZER, tokenizer.clone()),
+                TokenizerFile::Made(TOKENIZER_CONFIG, made),
+            ],
+            text: tokenizer,
+        })
+    }
+}
+
+impl Codec {
+    /// Opens the tokenizer of a model folder or a GGUF file. `chat_template` is a Jinja file that takes the place of the
+    /// model's own.
+    ///
+    /// # Errors
+    /// A file is missing or broken, no EOS is named, or the template does not parse.
+    pub fn open(model: &Path, chat_template: Option<&Path>) -> Result<Self, DataError> {
+        let given = chat_template.map(|file| Ok::<_, DataError>((file.to_owned(), read_text(file)?))).transpose()?;
+        let overridden = given.is_some();
+        let parts = if model.is_dir() { Parts::of_folder(model, !overridden)? } else { Parts::of_gguf(model)? };
+        let Parts { file, text, config_file, config, special, template, stop, files } = parts;
         let length = text.len();
         let mut tokenizer = unpanicked(|| Tokenizer::from_bytes(text)).map_err(|e| {
             DataError::file(&file, format!("is no valid tokenizer: {e}")).help("fetch the file again")
@@ -67,17 +144,15 @@ impl Codec {
         // a limit that was saved by accident would silently cut every text
         let _ = tokenizer.with_padding(None).with_truncation(None);
 
-        let config = read_object(&path(TOKENIZER_CONFIG))?;
-        let map = read_object(&path(SPECIAL_TOKENS))?;
-        let special_tokens = special_tokens(&config, &map);
+        let special_tokens = special_tokens(&config, &special);
         let named = |name: &str| special_tokens.iter().find(|(n, _)| n == name).map(|(_, token)| token.as_str());
         let eos_token = named("eos_token").ok_or_else(|| {
-            DataError::file(&path(TOKENIZER_CONFIG), "names no eos_token, so no completion could ever end")
+            DataError::file(&config_file, "names no eos_token, so no completion could ever end")
                 .help("add \"eos_token\": \"...\" with the token that ends an answer")
         })?;
         let eos = tokenizer.token_to_id(eos_token).ok_or_else(|| {
             let problem = format!("names {eos_token:?} as eos_token, which the tokenizer does not have");
-            DataError::file(&path(TOKENIZER_CONFIG), problem)
+            DataError::file(&config_file, problem)
         })?;
         // transformers makes every named token special, whatever tokenizer.json says
         let known = special_tokens.iter().filter(|(_, token)| tokenizer.token_to_id(token).is_some());
@@ -92,11 +167,8 @@ impl Codec {
         special.sort_unstable();
 
         let prefix = prefix(&tokenizer).map_err(|e| DataError::file(&file, e))?;
-        let template = match chat_template {
-            Some(file) => Some((file.to_owned(), read_text(file)?)),
-            None => own_template(model_folder, &config)?,
-        };
-        let template = template
+        let template = given
+            .or(template)
             .map(|(file, source)| {
                 Template::new(&source, special_tokens.clone())
                     .map_err(|e| DataError::file(&file, format!("the chat template does not parse: {e}")))
@@ -104,32 +176,12 @@ impl Codec {
             .transpose()?;
 
         let mut stop_tokens = vec![eos];
-        let mut generation = read_object(&path("generation_config.json"))?;
-        if !generation.contains_key("eos_token_id") {
-            generation = read_object(&path("config.json"))?;
-        }
-        let more = match generation.get("eos_token_id") {
-            Some(Value::Array(ids)) => ids.as_slice(),
-            Some(id) => std::slice::from_ref(id),
-            None => &[],
-        };
-        for id in more.iter().filter_map(Value::as_u64).filter_map(|id| u32::try_from(id).ok()) {
+        for id in stop.into_iter().filter_map(|id| u32::try_from(id).ok()) {
             if !stop_tokens.contains(&id) {
                 stop_tokens.push(id);
             }
         }
-        let files = FILES.iter().map(|name| path(name)).filter(|path| path.is_file()).collect();
-        Ok(Self {
-            length,
-            tokenizer,
-            prefix,
-            eos,
-            stop_tokens,
-            special,
-            template,
-            overridden: chat_template.is_some(),
-            files,
-        })
+        Ok(Self { length, tokenizer, prefix, eos, stop_tokens, special, template, overridden, files })
     }
 
     /// Text of `ids`, special tokens left out.
@@ -162,20 +214,19 @@ impl Codec {
         self.chat_template().is_some_and(|source| source.contains("strftime_now"))
     }
 
-    /// The tokenizer's files.
-    #[must_use]
-    pub fn files(&self) -> &[PathBuf] {
-        &self.files
-    }
-
     /// Writes the tokenizer's files to a folder, with the template that was used.
     ///
     /// # Errors
     /// A file cannot be read or written.
     pub fn save(&self, folder: &Path) -> Result<(), WriteError> {
         for file in &self.files {
-            let target = folder.join(file.file_name().unwrap_or_default());
-            files::write(&target, &std::fs::read(file).map_err(files::cannot_write(&target))?)?;
+            match file {
+                TokenizerFile::Copied(file) => {
+                    let target = folder.join(file.file_name().unwrap_or_default());
+                    files::write(&target, &std::fs::read(file).map_err(files::cannot_write(&target))?)?;
+                }
+                TokenizerFile::Made(name, text) => files::write(&folder.join(name), text.as_bytes())?,
+            }
         }
         match &self.template {
             // it is read before the one in tokenizer_config.json

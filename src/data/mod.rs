@@ -9,6 +9,7 @@ mod codec;
 mod dataset;
 mod encode;
 mod format;
+mod gguf_tokenizer;
 mod source;
 mod template;
 

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use parquet::record::Field;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -680,10 +681,13 @@ fn special_tokens_stop_ids_and_files_are_those_of_the_folder() {
     assert_eq!(codec.decode(&[0, 286, 94, 305, 1]), "Why is");
     assert_eq!(codec.vocab_size(), 330);
     assert!(!codec.depends_on_date());
-    let names: Vec<_> = codec.files().iter().map(|file| file.file_name().expect("a name").to_owned()).collect();
-    assert_eq!(names, ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]);
-
     let folder = tempfile::tempdir().expect("a folder");
+    codec.save(folder.path()).expect("saved");
+    let mut names: Vec<_> =
+        fs::read_dir(&folder).expect("a folder").map(|e| e.expect("an entry").file_name()).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]);
+
     let template = folder.path().join("mine.jinja");
     fs::write(&template, "{{ strftime_now('%Y') }}").expect("written");
     let codec = Codec::open(&fixture("model"), Some(&template)).expect("a tokenizer");
@@ -793,4 +797,139 @@ proptest! {
 pub(super) fn digest(numbers: impl IntoIterator<Item = u64>) -> String {
     let step = |state: u64, number: u64| (state ^ number).wrapping_mul(0x0000_0100_0000_01b3);
     format!("{:016x}", numbers.into_iter().fold(0xcbf2_9ce4_8422_2325, step))
+}
+
+/// Every text of the real preference data, and some that are made to be hard.
+fn real_texts(real: &Path) -> Vec<String> {
+    let mut texts: Vec<String> = [
+        "",
+        " ",
+        "  a",
+        "a  ",
+        "\n",
+        "\n\n x\t\ty",
+        "naïve café, ﬁne",
+        "e\u{301}",
+        "日本語のテキスト",
+        "1234567 3.14",
+        "👩‍👩‍👧 ok",
+        "don't we'LL",
+        "<s>",
+        "a</s>b",
+        "<|im_start|>user\n",
+        "x <unk> y",
+        "▁low",
+        "\u{0}\u{7f}",
+        "http://a.b/c?d=e&f",
+        "    if x:\n\treturn",
+    ]
+    .map(str::to_owned)
+    .into();
+    fn collect(field: &Field, texts: &mut Vec<String>) {
+        match field {
+            Field::Str(text) => texts.push(text.clone()),
+            Field::ListInternal(list) => list.elements().iter().for_each(|field| collect(field, texts)),
+            Field::Group(row) => row.get_column_iter().for_each(|(_, field)| collect(field, texts)),
+            _ => {}
+        }
+    }
+    for name in ["rasbt_strings.parquet", "ultrafeedback_test_prefs.parquet", "kto_en_demo.parquet"] {
+        let file = fs::File::open(real.join("prefs").join(name)).expect("real data");
+        let reader = parquet::file::reader::SerializedFileReader::new(file).expect("Parquet");
+        for row in parquet::file::reader::FileReader::get_row_iter(&reader, None).expect("rows").take(400) {
+            row.expect("a row").get_column_iter().for_each(|(_, field)| collect(field, &mut texts));
+        }
+    }
+    texts
+}
+
+/// A codec of a GGUF file gives the ids of a folder's on all texts.
+fn assert_same_ids(folder: &Path, gguf: &Path, texts: &[String]) {
+    let (expected, found) =
+        (Codec::open(folder, None).expect("a tokenizer"), Codec::open(gguf, None).expect("a tokenizer"));
+    for text in texts {
+        let ids = |codec: &Codec| codec.encode(text).map_err(|bad| format!("{bad:?}"));
+        assert_eq!(ids(&found), ids(&expected), "{text:?}");
+    }
+    // what is saved beside an adapter is the same tokenizer again
+    let saved = tempfile::tempdir().expect("a folder");
+    found.save(saved.path()).expect("saved");
+    let saved = Codec::open(saved.path(), None).expect("a tokenizer");
+    for text in texts.iter().take(100) {
+        assert_eq!(saved.encode(text).expect("ids"), expected.encode(text).expect("ids"), "{text:?}");
+    }
+    assert_eq!(found.eos(), expected.eos());
+}
+
+#[test]
+fn the_tokenizer_in_a_gguf_file_is_the_original() {
+    let Some(real) = real("the_tokenizer_in_a_gguf_file_is_the_original") else { return };
+    let texts = real_texts(&real);
+    assert!(texts.len() > 2000, "{}", texts.len());
+    let stories = real.join("stories260K");
+    for name in ["stories260K-f32.gguf", "stories260K-q8_0.gguf"] {
+        assert_same_ids(&stories, &stories.join("reference").join(name), &texts);
+    }
+}
+
+#[test]
+fn tokenizers_written_as_gguf_are_the_originals() {
+    use crate::gguf::Value as G;
+    use crate::gguf::tests::Writer;
+    let Some(real) = real("tokenizers_written_as_gguf_are_the_originals") else { return };
+    let texts = real_texts(&real);
+    for (name, model, pre) in [("tinyllama-1.1b", "llama", "default"), ("qwen3", "gpt2", "qwen2")] {
+        let folder = real.join("tokenizers").join(name);
+        let json: Value =
+            serde_json::from_str(&fs::read_to_string(folder.join("tokenizer.json")).expect("there")).expect("JSON");
+        let added = json["added_tokens"].as_array().expect("a list");
+        let vocab = json["model"]["vocab"].as_object().expect("a table");
+        let mut tokens: Vec<(u64, &str, u64)> =
+            vocab.iter().map(|(token, id)| (id.as_u64().expect("an id"), token.as_str(), 1)).collect();
+        tokens.retain(|(id, _, _)| !added.iter().any(|token| token["id"] == *id));
+        tokens.extend(added.iter().map(|token| {
+            let kind = if token["special"] == true { 3 } else { 4 };
+            (token["id"].as_u64().expect("an id"), token["content"].as_str().expect("a text"), kind)
+        }));
+        tokens.sort_unstable();
+        assert!(tokens.iter().enumerate().all(|(i, (id, _, _))| i as u64 == *id));
+        let texts_of =
+            |list: &[(u64, &str, u64)]| G::Array(list.iter().map(|(_, token, _)| G::Text((*token).into())).collect());
+        let mut writer = Writer::default()
+            .value("tokenizer.ggml.model", G::Text(model.into()))
+            .value("tokenizer.ggml.pre", G::Text(pre.into()))
+            .value("tokenizer.ggml.tokens", texts_of(&tokens))
+            .value(
+                "tokenizer.ggml.token_type",
+                G::Array(tokens.iter().map(|(_, _, kind)| G::Signed(*kind as i64)).collect()),
+            );
+        writer = if model == "llama" {
+            // those in Llama's tokenizer.model: none of bytes, the least of blanks, else the order in which pieces were found
+            let score = |i: usize, token: &str| match i {
+                ..259 => 0.0,
+                _ if token.chars().all(|c| c == '▁') => -1e9,
+                _ => 259.0 - i as f64,
+            };
+            let scores = tokens.iter().enumerate().map(|(i, (_, token, _))| G::Float(score(i, token))).collect();
+            writer
+                .value("tokenizer.ggml.scores", G::Array(scores))
+                .value("tokenizer.ggml.unknown_token_id", G::Unsigned(0))
+                .value("tokenizer.ggml.bos_token_id", G::Unsigned(1))
+                .value("tokenizer.ggml.eos_token_id", G::Unsigned(2))
+        } else {
+            let merges = json["model"]["merges"].as_array().expect("a list").iter().map(|merge| {
+                let parts = merge.as_array().expect("a pair");
+                G::Text(format!("{} {}", parts[0].as_str().expect("a text"), parts[1].as_str().expect("a text")))
+            });
+            let eos = tokens.iter().find(|(_, token, _)| *token == "<|im_end|>").expect("its EOS").0;
+            writer
+                .value("tokenizer.ggml.merges", G::Array(merges.collect()))
+                .value("tokenizer.ggml.eos_token_id", G::Unsigned(eos))
+                .value("tokenizer.ggml.add_bos_token", G::Bool(false))
+        };
+        let place = tempfile::tempdir().expect("a folder");
+        let gguf = place.path().join("model.gguf");
+        fs::write(&gguf, writer.bytes()).expect("written");
+        assert_same_ids(&folder, &gguf, &texts);
+    }
 }
