@@ -11,9 +11,13 @@ use super::layer::LayerCache;
 use super::memory::Saved;
 use super::*;
 use crate::adapter::{self, LoraConfig, Targets, peft};
+use crate::gguf::tests::Writer;
+use crate::gguf::{GgufFile, Value};
 use crate::ops::check::{close, composed, finite_difference, normal};
 use crate::ops::completion_logps::TokenScore;
 use crate::progress::Console;
+use crate::quant::Kept;
+use crate::quant::ggml::BlockType;
 
 /// A tiny model: head width times heads is not the hidden size, so that no transposed matrix would fit.
 #[derive(Debug, Clone, Copy)]
@@ -444,4 +448,178 @@ fn a_trainable_tensor_without_a_gradient_is_named() {
     let decoder = GROUPED.decoder(DType::F32);
     let missing = Gradients::default().in_order(&adapters(&decoder, 0.0)).expect_err("none has one");
     assert_eq!(missing, "model.layers.0.self_attn.q_proj");
+}
+
+/// A model of Llama's architecture with rows wide enough for blocks of 256, under Hugging Face's names.
+fn wide() -> (serde_json::Value, BTreeMap<String, Tensor>) {
+    let (d, f, v, heads, kv, e) = (256, 256, 40, 4, 2, 64);
+    let config = json!({
+        "model_type": "llama", "hidden_size": d, "intermediate_size": f, "num_hidden_layers": 2,
+        "num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": e, "vocab_size": v,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 256, "rope_theta": 100.0,
+    });
+    let mut shapes = vec![
+        ("model.embed_tokens.weight".to_owned(), vec![v, d]),
+        ("model.norm.weight".to_owned(), vec![d]),
+        ("lm_head.weight".to_owned(), vec![v, d]),
+    ];
+    for layer in 0..2 {
+        for (name, shape) in [
+            ("input_layernorm", vec![d]),
+            ("post_attention_layernorm", vec![d]),
+            ("self_attn.q_proj", vec![heads * e, d]),
+            ("self_attn.k_proj", vec![kv * e, d]),
+            ("self_attn.v_proj", vec![kv * e, d]),
+            ("self_attn.o_proj", vec![d, heads * e]),
+            ("mlp.gate_proj", vec![f, d]),
+            ("mlp.up_proj", vec![f, d]),
+            ("mlp.down_proj", vec![d, f]),
+        ] {
+            shapes.push((format!("model.layers.{layer}.{name}.weight"), shape));
+        }
+    }
+    let random = |(seed, (name, shape)): (usize, (String, Vec<usize>))| {
+        let scale = if name.contains("norm") { 0.3 } else { 0.08 };
+        let tensor = (normal(seed as u64, shape).expect("made") * scale).expect("scaled");
+        let centre = if name.contains("norm") { 1.0 } else { 0.0 };
+        (name, (tensor + centre).and_then(|t| t.to_dtype(DType::F32)).expect("moved"))
+    };
+    (config, shapes.into_iter().enumerate().map(random).collect())
+}
+
+fn values(tensor: &Tensor) -> Vec<f32> {
+    tensor.flatten_all().and_then(|t| t.to_vec1()).expect("f32")
+}
+
+/// The same model as llama.cpp's converter would write it, matrices in blocks of `kind`.
+fn as_gguf(config: &serde_json::Value, weights: &BTreeMap<String, Tensor>, kind: BlockType) -> Vec<u8> {
+    let number = |key: &str| Value::Unsigned(config[key].as_u64().expect("a size"));
+    let mut writer = Writer::default()
+        .value("general.architecture", Value::Text("llama".into()))
+        .value("llama.embedding_length", number("hidden_size"))
+        .value("llama.feed_forward_length", number("intermediate_size"))
+        .value("llama.block_count", number("num_hidden_layers"))
+        .value("llama.attention.head_count", number("num_attention_heads"))
+        .value("llama.attention.head_count_kv", number("num_key_value_heads"))
+        .value("llama.context_length", number("max_position_embeddings"))
+        .value("llama.rope.freq_base", Value::Float(100.0))
+        .value("llama.attention.layer_norm_rms_epsilon", Value::Float(1e-5));
+    for (name, tensor) in weights {
+        let name = name
+            .replace("model.embed_tokens", "token_embd")
+            .replace("model.norm", "output_norm")
+            .replace("lm_head", "output")
+            .replace("model.layers", "blk")
+            .replace("input_layernorm", "attn_norm")
+            .replace("post_attention_layernorm", "ffn_norm")
+            .replace("self_attn.o_proj", "attn_output")
+            .replace("self_attn.", "attn_")
+            .replace("mlp.", "ffn_")
+            .replace("_proj", "");
+        let tensor = match name.contains("attn_q") || name.contains("attn_k") {
+            // [heads, two halves, 32, columns]: the halves' rows between each other
+            true => {
+                let (rows, columns) = tensor.dims2().expect("a matrix");
+                let turned =
+                    tensor.reshape((rows / 64, 2, 32, columns)).and_then(|t| t.transpose(1, 2)?.contiguous());
+                turned.and_then(|t| t.reshape((rows, columns))).expect("turned")
+            }
+            false => tensor.clone(),
+        };
+        let kind = if tensor.rank() == 1 { BlockType::F32 } else { kind };
+        writer = writer.tensor(&name, tensor.dims(), kind, &values(&tensor));
+    }
+    writer.bytes()
+}
+
+/// Weights as a GGUF file has them are trained on exactly as f32 weights of the same values are.
+#[test]
+fn a_quantized_base_has_the_gradients_of_its_dequantized_weights() {
+    let (config, weights) = wide();
+    let place = tempfile::tempdir().expect("a folder");
+    let file = place.path().join("model.gguf");
+    for kind in [BlockType::F32, BlockType::Q8_0, BlockType::Q4K] {
+        std::fs::write(&file, as_gguf(&config, &weights, kind)).expect("written");
+        let gguf = GgufFile::open(&file).expect("a GGUF file");
+        let quantized =
+            gguf_decoder(&gguf, family::read_gguf(&gguf).expect("a decoder"), DType::F32).expect("weights");
+
+        // the same blocks, dequantized, in a folder
+        let dense = weights.iter().map(|(name, tensor)| {
+            let dense = match *tensor.dims() {
+                [rows, columns] => {
+                    let kept = Kept::Blocks(kind).keep(rows, columns, values(tensor)).expect("kept");
+                    kept.dense(DType::F32).expect("dense")
+                }
+                _ => tensor.clone(),
+            };
+            (name.clone(), dense)
+        });
+        let dense: Vec<_> = dense.collect();
+        std::fs::write(place.path().join("model.safetensors"), peft::serialize(&dense).expect("serialised"))
+            .expect("written");
+        let of_json = family::from_json(Path::new("config.json"), config.clone()).expect("a decoder");
+        let files = WeightFiles::open(place.path()).expect("weights");
+        let dense = files.decoder(of_json, DType::F32, &Console::silent()).expect("they fit");
+        assert_eq!(quantized.config().modules(), dense.config().modules());
+
+        let results = [quantized, dense].map(|decoder| {
+            let adapters = adapters(&decoder, 0.0);
+            let model = Model::new(decoder, adapters);
+            let mut packer = Packer::default();
+            packer.push(1, &[1, 2, 3, 4, 5], &[&[6, 7, 8, 9], &[10, 11, 12]], PromptSpan::No);
+            packer.push(2, &[20, 21], &[&[22, 39, 0]], PromptSpan::No);
+            let batch = packer.finish();
+            let saved = [Saved::All; 2];
+            let forward = model.forward(&batch, Adapter::On, Keep::Activations { dropout_key: 1, saved: &saved });
+            let forward = forward.expect("computed");
+            let mut gradients = Gradients::default();
+            let slopes: Vec<f64> = (0..batch.targets.len()).map(|i| 0.3 + 0.1 * i as f64).collect();
+            model.backward(&batch, forward.activations.expect("kept"), &slopes, &mut gradients).expect("computed");
+            let logps: Vec<f64> = forward.scores.iter().map(|score| score.logp).collect();
+            (logps, gradients.in_order(model.adapters()).expect("all"))
+        });
+        let [(logps, gradients), (dense_logps, dense_gradients)] = &results;
+        for (a, b) in logps.iter().zip(dense_logps) {
+            assert!((a - b).abs() < 1e-5, "{kind}: {a} {b}");
+        }
+        for (a, b) in gradients.iter().zip(dense_gradients) {
+            let size = |t: &Tensor| values(t).iter().map(|x| f64::from(x * x)).sum::<f64>().sqrt();
+            let (difference, of) = (size(&(a - b).expect("one shape")), size(b));
+            assert!(of > 1e-3 && difference < 1e-5 * of, "{kind}: {difference} of {of}");
+        }
+    }
+}
+
+/// What llama.cpp's own converter wrote, against the folder that it was converted from.
+#[test]
+fn a_real_gguf_file_is_the_folder_that_it_was_made_of() {
+    let Some(real) = std::env::var_os("DPO_LORA_REAL").map(std::path::PathBuf::from) else {
+        eprintln!("a_real_gguf_file_is_the_folder_that_it_was_made_of: skipped, DPO_LORA_REAL is not set");
+        return;
+    };
+    let folder = real.join("stories260K");
+    let files = WeightFiles::open(&folder).expect("weights");
+    let config = family::read_config(&folder).expect("a decoder");
+    let dense = files.decoder(config, DType::F32, &Console::silent()).expect("they fit");
+    // q8_0 keeps seven bits of each weight, a hundredth of the logits
+    for (name, tolerance) in [("stories260K-f32.gguf", 1e-5), ("stories260K-q8_0.gguf", 0.3)] {
+        let file = GgufFile::open(&folder.join("reference").join(name)).expect("a GGUF file");
+        let config = family::read_gguf(&file).expect("a decoder");
+        assert_eq!(config.modules(), dense.config().modules());
+        assert_eq!(config.ropes, dense.config().ropes);
+        assert_eq!(config.rms_norm_eps, dense.config().rms_norm_eps);
+        let gguf = gguf_decoder(&file, config, DType::F32).expect("weights");
+        let prompt: Vec<u32> = (0..40).map(|i| 1 + i * 11 % 500).collect();
+        let logits = |decoder: &Decoder| {
+            let width = decoder.config().num_key_value_heads * decoder.config().head_dim;
+            let empty = || Tensor::zeros((prompt.len(), width), DType::F32, &Device::Cpu).expect("made");
+            let cache: Vec<_> =
+                (0..decoder.config().num_layers()).map(|_| LayerCache { keys: empty(), values: empty() }).collect();
+            values(&decoder.step(&prompt, 0, &cache, None).expect("computed"))
+        };
+        let (found, expected) = (logits(&gguf), logits(&dense));
+        let worst = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(worst <= tolerance, "{name}: {worst}");
+    }
 }

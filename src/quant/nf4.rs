@@ -44,10 +44,10 @@ const BETWEEN: [f32; 15] = [
     0.039_790_15,
     0.120_255_25,
     0.203_521_25,
-    0.292_013_78,
+    0.292_013_8,
     0.389_312_53,
-    0.501_663_39,
-    0.642_786_92,
+    0.501_663_4,
+    0.642_786_9,
     0.861_478_42,
 ];
 
@@ -234,7 +234,7 @@ fn dynamic_code() -> Vec<f32> {
         // torch.linspace(0.1, 1, steps + 1) in f32, from both ends and by fused products, and the means of neighbours
         let boundary = |j: usize| {
             let step = (1.0f32 - 0.1f32) / steps as f32;
-            if j < (steps + 1) / 2 { step.mul_add(j as f32, 0.1) } else { (-step).mul_add((steps - j) as f32, 1.0) }
+            if j < steps.div_ceil(2) { step.mul_add(j as f32, 0.1) } else { (-step).mul_add((steps - j) as f32, 1.0) }
         };
         let magnitude = 10f64.powi(i - (EXPONENT_BITS - 1)) as f32;
         for j in 0..steps {

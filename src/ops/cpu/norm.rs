@@ -27,7 +27,7 @@ pub(crate) fn backward(
 ) -> Result<Tensor> {
     for_real!(x, T => {
         let shape = dims2(x)?;
-        let onto = onto.map(|onto| values::<T>(onto)).transpose()?;
+        let onto = onto.map(values::<T>).transpose()?;
         let dx = gradient::<T>(&values(dy)?, &values(x)?, &values(weight)?, &values(rho)?, onto.as_deref());
         tensor(dx, shape)
     })
