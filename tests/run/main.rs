@@ -3,6 +3,7 @@
 mod bad_input;
 mod hub;
 mod plan;
+mod recipes;
 mod reference;
 mod results;
 mod resume;
