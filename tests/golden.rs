@@ -13,10 +13,11 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor};
 use dpo_lora::adapter::{Adapters, Gradients, peft};
+use dpo_lora::gguf::GgufFile;
 use dpo_lora::model::generate::Stop;
 use dpo_lora::model::memory::Saved;
 use dpo_lora::model::{
-    Adapter, Decoder, DecoderConfig, Keep, Model, Packed, Packer, PromptSpan, WeightFiles, family,
+    Adapter, Decoder, DecoderConfig, Keep, Model, Packed, Packer, PromptSpan, WeightFiles, family, gguf_decoder,
 };
 use dpo_lora::ops::completion_logps::TokenScore;
 use dpo_lora::progress::Console;
@@ -238,6 +239,27 @@ fn logits_are_those_of_transformers() {
                 .collect();
             let found = Tensor::new(found, logits.device()).expect("made");
             close_tensors(&found, &logits, tolerance, &format!("logits of {name} in {dtype:?}"));
+        }
+    }
+}
+
+/// The same model, as gguf's own writer has it under llama.cpp's names and with rows of q and k turned as its converter does.
+#[test]
+fn a_gguf_file_gives_the_scores_of_the_folder() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/quant/gqa.gguf");
+    let golden: AdapterGolden = golden("gqa/all/golden.json");
+    let batch = pack(&golden.pairs, Prompts::Shared);
+    for (dtype, tolerance) in PRECISIONS {
+        let file = GgufFile::open(&path).expect("gguf's file is read");
+        let decoder = gguf_decoder(&file, family::read_gguf(&file).expect("its metadata is read"), dtype);
+        // adapters come out in Hugging Face's order of rows
+        let model = Model::new(decoder.expect("its weights are read"), model("gqa/all", dtype).adapters().clone());
+        let scores = model.forward(&batch, Adapter::On, Keep::Scores).expect("computed").scores;
+        let policy = golden.pairs.iter().flat_map(|pair| [&pair.policy_chosen, &pair.policy_rejected]);
+        let expected: Vec<f64> = policy.flat_map(|scores| scores.logps.iter().copied()).collect();
+        let found = batch.spans.iter().flat_map(|span| scores[span.clone()].iter());
+        for (found, expected) in found.zip(expected) {
+            close(found.logp, expected, 10.0 * tolerance, &format!("GGUF in {dtype:?}"));
         }
     }
 }

@@ -14,6 +14,7 @@ use crate::cli;
 use crate::model::flops::{Load, Work};
 use crate::ops::cpu::gemm::{Matrix, product};
 use crate::progress::{Console, duration, short, thousands};
+use crate::quant::Quant;
 use crate::recipe::{self, Resolved};
 use crate::train::PackingFacts;
 
@@ -289,7 +290,14 @@ impl<'a> Report<'a> {
         table.heading("memory");
         for (name, bytes) in forecast.inventory.parts() {
             let note = match name {
-                "base" => "frozen weights in f32".to_owned(),
+                "base" => {
+                    let kept = match (self.setup.decoder.quant, self.setup.decoder.quantized_bytes) {
+                        (_, Some(_)) => "as the file has them",
+                        (Quant::None, None) => "in f32",
+                        (quant, None) => &format!("in {}", quant.name()),
+                    };
+                    format!("frozen weights {kept}")
+                }
                 "optimizer" => "AdamW's two means".to_owned(),
                 "saved" => memory.choice.describe_saved(),
                 "scratch" => "one layer at work".to_owned(),

@@ -104,3 +104,29 @@ fn a_reader_that_goes_away_does_not_end_a_run() {
     assert!(child.wait().expect("ended").success());
     assert!(place.path("out/adapter/adapter_model.safetensors").is_file());
 }
+
+/// The quickstart's model in eight bits and in four: the loss falls, and the plan knows what the base takes.
+#[test]
+fn a_quantized_base_trains() {
+    for quant in ["q8_0", "q4_k", "nf4"] {
+        let place = Place::new();
+        let set = format!("model.quant={quant:?}");
+        place.train("out", &["--set", &set, "--set", "train.steps=24", "--set", "train.batch_size=8"]);
+        let losses: Vec<f64> = place.metrics("out").iter().filter_map(|line| line["loss"].as_f64()).collect();
+        assert_eq!(losses.len(), 24);
+        assert_eq!(losses[0], std::f64::consts::LN_2, "{quant}: policy and reference are the same base");
+        let last = losses[20..].iter().sum::<f64>() / 4.0;
+        assert!(last < 0.6, "{quant}: {losses:?}");
+    }
+}
+
+#[test]
+fn a_quantized_base_is_another_base() {
+    let place = Place::new();
+    place.train("out", &["--set", "model.quant=\"q8_0\"", "--set", "train.steps=2"]);
+    let recipe = ["run", "recipe.toml", "--out", "out", "--resume", "--set", "train.steps=2"];
+    let output = place.run(&recipe);
+    assert_eq!(output.status.code(), Some(2));
+    let error = crate::stderr(&output);
+    assert!(error.contains("`model.quant` is not what it was"), "{error}");
+}
