@@ -62,6 +62,19 @@ pub(super) fn read(file: &GgufFile) -> Result<Files, TensorFileError> {
             });
         }
     };
+    // Gemma's; which of the two blanks they stand for is not told
+    let blank = |token: &str| !token.is_empty() && token.chars().all(|c| matches!(c, ' ' | '▁'));
+    let user_defined = |i: usize| kinds.as_ref().is_some_and(|kinds| kinds[i] == kind::USER_DEFINED);
+    let doubtful = (0..tokens.len()).find(|&i| user_defined(i) && blank(tokens[i])).map(|i| {
+        format!("metadata `tokenizer.ggml.tokens` has a user-defined token of blanks at {i}, which is not supported")
+    });
+    let charsmap = metadata.get("precompiled_charsmap").map(|_| {
+        "metadata `tokenizer.ggml.precompiled_charsmap` is a way to normalise text that is not supported".to_owned()
+    });
+    if let Some(problem) = doubtful.or(charsmap) {
+        let help = "convert the model to safetensors, or name the folder that the file was made of".to_owned();
+        return Err(TensorFileError { help: Some(help), ..file.error(problem) });
+    }
     let special = |i: usize| match &kinds {
         Some(kinds) => (kinds[i] == kind::CONTROL || kinds[i] == kind::UNKNOWN)
             .then_some(true)
@@ -99,7 +112,8 @@ pub(super) fn read(file: &GgufFile) -> Result<Files, TensorFileError> {
         config.insert("chat_template".into(), json!(template));
     }
     let stop = [id("eot")?, id("eom")?].into_iter().flatten().map(|id| id as u64).collect();
-    Ok(Files { tokenizer: tokenizer.to_string(), config, stop })
+    // spread over lines as transformers has it, which is what the memory of a tokenizer is reckoned by
+    Ok(Files { tokenizer: format!("{tokenizer:#}"), config, stop })
 }
 
 /// What all have in common.
