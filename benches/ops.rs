@@ -10,11 +10,12 @@ use candle_core::{DType, Device, Result, Tensor};
 use criterion::{Criterion, Throughput};
 use dpo_lora::model::{Packer, PromptSpan};
 use dpo_lora::ops::attention::{self, Heads};
-use dpo_lora::ops::completion_logps::{self, Want};
+use dpo_lora::ops::completion_logps::{self, Head, Want};
 use dpo_lora::ops::glu::{self, Activation};
 use dpo_lora::ops::linear::{self, Branch, LowRank};
 use dpo_lora::ops::rope::{self, Angles, Turn};
 use dpo_lora::ops::{norm, rows};
+use dpo_lora::quant::{Quant, Weight};
 
 const D: usize = 576;
 const F: usize = 1536;
@@ -48,10 +49,12 @@ fn ops(c: &mut Criterion) {
     let weight = Tensor::ones(D, DType::F32, &Device::Cpu).expect("made");
     let (_, rho) = norm::forward(&x, &weight, 1e-5).expect("computed");
     bench(c, "norm forward", t * D, || norm::forward(&x, &weight, 1e-5).map(|y| _ = black_box(y)));
-    bench(c, "norm backward", t * D, || norm::backward(&dy, &x, &weight, &rho, &dy).map(|dx| _ = black_box(dx)));
+    bench(c, "norm backward", t * D, || {
+        norm::backward(&dy, &x, &weight, &rho, Some(&dy)).map(|dx| _ = black_box(dx))
+    });
 
     let frequencies: Vec<f32> = (0..32).map(|i| 10_000f32.powf(-(i as f32) / 32.0)).collect();
-    let angles = Angles::new(&frequencies, &batch.positions, DType::F32, &Device::Cpu).expect("made");
+    let angles = Angles::new(|_| &frequencies, &batch.positions, 1.0, DType::F32, &Device::Cpu).expect("made");
     bench(c, "rope", t * D, || rope::turn(&x, &angles, Turn::Forward).map(|y| _ = black_box(y)));
     bench(c, "gather rows", scored * D, || rows::gather(&x, &batch.scored_rows).map(|y| _ = black_box(y)));
 
@@ -59,7 +62,8 @@ fn ops(c: &mut Criterion) {
     bench(c, "swiglu forward", t * F, || glu::forward(&gate, &up, Activation::Silu).map(|h| _ = black_box(h)));
     bench(c, "swiglu backward", t * F, || glu::backward(&dh, &gate, &up, Activation::Silu).map(|d| _ = black_box(d)));
 
-    let w = [random(F, D), random(F, D)];
+    let dense = random(F, D);
+    let w = [random(F, D), random(F, D)].map(Weight::Dense);
     let (a, b) = ([random(RANK, D), random(RANK, D)], [random(F, RANK), random(F, RANK)]);
     let branches: [Branch<'_>; 2] = std::array::from_fn(|i| Branch {
         weight: &w[i],
@@ -68,10 +72,18 @@ fn ops(c: &mut Criterion) {
     });
     let frozen = branches.map(|branch| Branch { update: None, ..branch });
     let (base, update) = (2 * t * 2 * D * F, 2 * t * 2 * RANK * (D + F));
-    bench(c, "product", 2 * t * D * F, || x.matmul(&w[0].t()?).map(|y| _ = black_box(y)));
+    bench(c, "product", 2 * t * D * F, || x.matmul(&dense.t()?).map(|y| _ = black_box(y)));
     bench(c, "linear forward, gate and up, frozen", base, || {
         linear::forward(&x, &frozen, None).map(|y| _ = black_box(y))
     });
+    for quant in [Quant::Q8_0, Quant::Nf4] {
+        let values = || dense.flatten_all().and_then(|w| w.to_vec1()).expect("f32");
+        let quantized = [(); 2].map(|()| quant.of_linear(D).keep(F, D, values()).expect("kept"));
+        let branches: [Branch<'_>; 2] = std::array::from_fn(|i| Branch { weight: &quantized[i], ..frozen[i] });
+        bench(c, &format!("linear forward, gate and up, frozen, {}", quant.name()), base, || {
+            linear::forward(&x, &branches, None).map(|y| _ = black_box(y))
+        });
+    }
     bench(c, "linear forward, gate and up, with adapters", base + update, || {
         linear::forward(&x, &branches, None).map(|y| _ = black_box(y))
     });
@@ -90,11 +102,12 @@ fn ops(c: &mut Criterion) {
         attention::backward(&dy, &q, &k, &v, &saved, HEADS, &batch.segments).map(|d| _ = black_box(d))
     });
 
-    let (hidden, head) = (random(scored, D), random(VOCABULARY, D));
+    let (hidden, weight) = (random(scored, D), Weight::Dense(random(VOCABULARY, D)));
+    let head = Head { weight: &weight, softcap: None };
     for (name, want, passes) in [("head, scores", Want::Scores, 1), ("head, scores and gradient", Want::Gradient, 2)]
     {
         bench(c, name, passes * 2 * scored * D * VOCABULARY, || {
-            completion_logps::score(&hidden, &head, &batch.targets, want).map(|y| _ = black_box(y))
+            completion_logps::score(&hidden, head, &batch.targets, want).map(|y| _ = black_box(y))
         });
     }
 }
