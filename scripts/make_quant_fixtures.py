@@ -7,11 +7,12 @@
                          dequantization makes of them
     nf4.safetensors      `weight` [24, 832] and, under bitsandbytes' names, what it makes of it with double quantization;
                          `dequantized`, what it makes of that; `plain.*` without double quantization
-    gqa.gguf             the model golden/gqa as llama.cpp's converter names and turns its tensors, with a tokenizer of bytes
+    <model>.gguf         golden/<model> as llama.cpp's converter names and changes its tensors; gqa with a tokenizer of bytes
     ../hostile/*         files that claim more than they hold, beside which tests flip and cut the good ones
 """
 
 import json
+import math
 from importlib.metadata import version
 from pathlib import Path
 
@@ -39,34 +40,63 @@ def blocks(random, kind):
     return made
 
 
-def write_gguf(path):
-    folder = OUT.parent / "golden" / "gqa"
+ARCHITECTURES = {
+    "gqa": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "gemma2": gguf.MODEL_ARCH.GEMMA2, "gemma3": gguf.MODEL_ARCH.GEMMA3, "phi3": gguf.MODEL_ARCH.PHI3,
+    "smollm3": gguf.MODEL_ARCH.SMOLLM3,
+}
+
+
+def write_gguf(model, path):
+    """What llama.cpp's converter does for each architecture: its keys, its names, and what it changes in tensors."""
+    folder = OUT.parent / "golden" / model
     config = json.loads((folder / "config.json").read_text())
-    writer = gguf.GGUFWriter(path, "llama")
+    arch = ARCHITECTURES[model]
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(config["head_dim"])
+    writer.add_key_length(head_dim)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(0x20, 0x20 + config["vocab_size"] - 3)]
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens)
-    writer.add_token_scores([0.0] * len(tokens))
-    writer.add_token_types([2, 3, 3] + [6] * (len(tokens) - 3))
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    rope = config["rope_parameters"]
+    if model == "gemma3":
+        writer.add_rope_freq_base(rope["full_attention"]["rope_theta"])
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["full_attention"]["factor"])
+    else:
+        writer.add_rope_freq_base(rope["rope_theta"])
+    if model in ("gemma2", "gemma3", "phi3"):
+        writer.add_sliding_window(config["sliding_window"])
+    if model == "gemma2":
+        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    if model == "phi3":
+        writer.add_rope_scaling_orig_ctx_len(config["original_max_position_embeddings"])
+        stretch = config["max_position_embeddings"] / config["original_max_position_embeddings"]
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(stretch) / math.log(config["original_max_position_embeddings"])))
+        for name in ("long", "short"):
+            writer.add_tensor(f"rope_factors_{name}.weight", np.array(rope[f"{name}_factor"], dtype=np.float32))
+    if model == "gqa":
+        tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(0x20, 0x20 + config["vocab_size"] - 3)]
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(tokens)
+        writer.add_token_scores([0.0] * len(tokens))
+        writer.add_token_types([2, 3, 3] + [6] * (len(tokens) - 3))
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     for name, tensor in load_file(folder / "model.safetensors").items():
         values = tensor.float().numpy()
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
+        if model == "gqa" and name.endswith(("q_proj.weight", "k_proj.weight")):
             # the halves of each head's rows between each other
-            half = config["head_dim"] // 2
-            values = values.reshape(-1, 2, half, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), values)
+            values = values.reshape(-1, 2, head_dim // 2, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        if model.startswith("gemma") and name.endswith("norm.weight"):
+            values = values + 1
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -135,7 +165,8 @@ def write_hostile(folder):
 
 def main():
     OUT.mkdir(parents=True, exist_ok=True)
-    write_gguf(OUT / "gqa.gguf")
+    for model in ARCHITECTURES:
+        write_gguf(model, OUT / f"{model}.gguf")
     write_hostile(OUT.parent / "hostile")
     random = np.random.default_rng(1)
     tensors = {}

@@ -243,23 +243,35 @@ fn logits_are_those_of_transformers() {
     }
 }
 
-/// The same model, as gguf's own writer has it under llama.cpp's names and with rows of q and k turned as its converter does.
+/// The same models, as gguf's own writer has them under llama.cpp's keys and names, and with what its converter changes.
 #[test]
-fn a_gguf_file_gives_the_scores_of_the_folder() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/quant/gqa.gguf");
-    let golden: AdapterGolden = golden("gqa/all/golden.json");
-    let batch = pack(&golden.pairs, Prompts::Shared);
-    for (dtype, tolerance) in PRECISIONS {
+fn gguf_files_give_the_scores_of_the_folders() {
+    for name in ["gqa", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "smollm3"] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/fixtures/quant/{name}.gguf"));
         let file = GgufFile::open(&path).expect("gguf's file is read");
-        let decoder = gguf_decoder(&file, family::read_gguf(&file).expect("its metadata is read"), dtype);
-        // adapters come out in Hugging Face's order of rows
-        let model = Model::new(decoder.expect("its weights are read"), model("gqa/all", dtype).adapters().clone());
-        let scores = model.forward(&batch, Adapter::On, Keep::Scores).expect("computed").scores;
-        let policy = golden.pairs.iter().flat_map(|pair| [&pair.policy_chosen, &pair.policy_rejected]);
-        let expected: Vec<f64> = policy.flat_map(|scores| scores.logps.iter().copied()).collect();
-        let found = batch.spans.iter().flat_map(|span| scores[span.clone()].iter());
-        for (found, expected) in found.zip(expected) {
-            close(found.logp, expected, 10.0 * tolerance, &format!("GGUF in {dtype:?}"));
+        let expected = config(name);
+        let found = family::read_gguf(&file).expect("its metadata is read");
+        // a GGUF file says nothing of these, since all real models of its architecture have them the same; the tiny do not
+        let (layers, attention_scale) = (expected.layers.clone(), expected.attention_scale);
+        let ropes = [&found.ropes[..1], &expected.ropes[1..]].concat();
+        let fixed = DecoderConfig { layers, attention_scale, ropes, ..found };
+        // these are the file's own: norms are written as they multiply, matrices stay in it
+        let (norm_offset, quantized_bytes) = (fixed.norm_offset, fixed.quantized_bytes);
+        assert_eq!(fixed, DecoderConfig { norm_offset, quantized_bytes, ..expected }, "{name}");
+
+        let golden: AdapterGolden = golden(&format!("{name}/all/golden.json"));
+        let batch = pack(&golden.pairs, Prompts::Shared);
+        for (dtype, tolerance) in PRECISIONS {
+            let decoder = gguf_decoder(&file, fixed.clone(), dtype).expect("its weights are read");
+            // adapters come out in Hugging Face's order of rows
+            let model = Model::new(decoder, model(&format!("{name}/all"), dtype).adapters().clone());
+            let scores = model.forward(&batch, Adapter::On, Keep::Scores).expect("computed").scores;
+            let policy = golden.pairs.iter().flat_map(|pair| [&pair.policy_chosen, &pair.policy_rejected]);
+            let expected: Vec<f64> = policy.flat_map(|scores| scores.logps.iter().copied()).collect();
+            let found = batch.spans.iter().flat_map(|span| scores[span.clone()].iter());
+            for (found, expected) in found.zip(expected) {
+                close(found.logp, expected, 10.0 * tolerance, &format!("{name} of GGUF in {dtype:?}"));
+            }
         }
     }
 }

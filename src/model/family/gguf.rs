@@ -81,14 +81,16 @@ pub fn read_gguf(file: &GgufFile) -> Result<DecoderConfig, ModelError> {
     if let Some(scaling) = scaling {
         put("rope_scaling", scaling);
     }
-    if architecture == "gemma2" {
-        // the one size of which the file says nothing; llama.cpp knows it by the number of layers
-        let layers = file.metadata("gemma2.block_count").and_then(gguf::Value::as_u64);
-        put("query_pre_attn_scalar", json!(if layers == Some(46) { 144 } else { 256 }));
-    }
-    if architecture == "gemma3" {
-        let layers = file.metadata("gemma3.block_count").and_then(gguf::Value::as_u64);
-        put("query_pre_attn_scalar", json!(if layers == Some(62) { 168 } else { 256 }));
+    // the one size of which the files say nothing: llama.cpp knows the largest of each by its number of layers
+    let layers = file.metadata(&format!("{architecture}.block_count")).and_then(gguf::Value::as_u64);
+    let scalar = match (architecture, layers) {
+        ("gemma2", Some(46)) => Some(json!(144)),
+        ("gemma3", Some(62)) => Some(json!(168)),
+        ("gemma2" | "gemma3", _) => value.get("head_dim").cloned(),
+        _ => None,
+    };
+    if let Some(scalar) = scalar {
+        value.insert("query_pre_attn_scalar".into(), scalar);
     }
     let decoder =
         ConfigJson { file: file.path().to_owned(), value: Value::Object(value), gguf: Some(architecture.into()) }
