@@ -165,6 +165,22 @@ impl TensorFile {
     /// # Errors
     /// As [`TensorFile::read`].
     pub fn read_f32(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, TensorFileError> {
+        self.read_part(name, shape, 0..shape.iter().product())
+    }
+
+    /// Some of the values of a tensor of the shape asked for, one after the other from its first.
+    ///
+    /// # Errors
+    /// As [`TensorFile::read`].
+    ///
+    /// # Panics
+    /// `elements` are more than `shape` has.
+    pub fn read_part(
+        &self,
+        name: &str,
+        shape: &[usize],
+        elements: Range<usize>,
+    ) -> Result<Vec<f32>, TensorFileError> {
         let error = |problem: String, help: Option<&str>| TensorFileError {
             file: self.path.clone(),
             problem,
@@ -177,14 +193,15 @@ impl TensorFile {
             let help = "the file belongs to a model of another size than its config says";
             return Err(error(format!("tensor `{name}` is {:?}, not {shape:?}", info.shape), Some(help)));
         }
-        let (start, end) = info.data_offsets;
-        // the header check has bound the offsets by the length of the map
-        let bytes = self.data_start + start..self.data_start + end;
+        // the header check has bound the offsets by the length of the map, and their distance by shape and type
+        let start = self.data_start + info.data_offsets.0;
+        assert!(elements.end <= shape.iter().product(), "a part of a tensor ends where the tensor does");
+        let bytes = |size: usize| start + size * elements.start..start + size * elements.end;
         match info.dtype {
-            Dtype::F32 => Ok(self.convert(bytes, |b: [u8; 4]| f32::from_le_bytes(b))),
-            Dtype::F16 => Ok(self.convert(bytes, |b: [u8; 2]| half::f16::from_le_bytes(b).to_f32())),
-            Dtype::BF16 => Ok(self.convert(bytes, |b: [u8; 2]| half::bf16::from_le_bytes(b).to_f32())),
-            Dtype::F64 => Ok(self.convert(bytes, |b: [u8; 8]| f64::from_le_bytes(b) as f32)),
+            Dtype::F32 => Ok(self.convert(bytes(4), |b: [u8; 4]| f32::from_le_bytes(b))),
+            Dtype::F16 => Ok(self.convert(bytes(2), |b: [u8; 2]| half::f16::from_le_bytes(b).to_f32())),
+            Dtype::BF16 => Ok(self.convert(bytes(2), |b: [u8; 2]| half::bf16::from_le_bytes(b).to_f32())),
+            Dtype::F64 => Ok(self.convert(bytes(8), |b: [u8; 8]| f64::from_le_bytes(b) as f32)),
             other => {
                 let help = "weights are read from F32, F16, BF16 and F64; load the original, not a quantized copy";
                 Err(error(format!("tensor `{name}` holds {other:?}"), Some(help)))

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
@@ -14,7 +15,7 @@ use super::layer::{Layer, Linear};
 use crate::gguf::{self, GgufFile};
 use crate::progress::{Bar, Console};
 use crate::quant::nf4::{self, Nf4, Scales};
-use crate::quant::{self, Kept, Quantized, Weight};
+use crate::quant::{self, Bytes, Kept, Quantized, Weight};
 use crate::tensor_file::{TensorFile, read_text};
 
 pub(super) const INDEX: &str = "model.safetensors.index.json";
@@ -306,7 +307,20 @@ impl Tensors for Reader<'_> {
             return Ok(Weight::Dense(file.read(&name, &shape, dtype)?));
         }
         let [rows, columns] = shape;
-        Ok(kept.keep(rows, columns, file.read_f32(&name, &shape)?)?)
+        let Kept::Blocks(kind) = kept else {
+            return Ok(kept.keep(rows, columns, file.read_f32(&name, &shape)?)?);
+        };
+        // so many rows at a time: a large model's embedding is gigabytes of f32
+        const PART: usize = 1 << 24;
+        let mut blocks = Vec::with_capacity(kept.num_bytes(rows, columns));
+        let step = (PART / columns.max(1)).max(1);
+        for start in (0..rows).step_by(step) {
+            let part = start * columns..(start + step).min(rows) * columns;
+            blocks.extend(kind.quantize(&file.read_part(&name, &shape, part)?));
+        }
+        let blocks = Bytes::Owned(Arc::new(blocks));
+        let matrix = Quantized::ggml(rows, columns, kind, blocks).map_err(candle_core::Error::Msg)?;
+        Ok(Weight::Quantized(matrix))
     }
 }
 
