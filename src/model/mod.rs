@@ -25,7 +25,7 @@ pub use config::{Biases, DecoderConfig, LayerConfig, Module, Projection, Rope};
 pub use decoder::{Activations, Adapter, Decoder, Forward, Keep};
 pub use packed::{Packed, Packer, PromptSpan};
 pub use source::{Base, Source};
-pub use weights::{WeightFiles, gguf_decoder};
+pub use weights::{BaseFiles, Part, WeightFiles, gguf_decoder};
 
 use crate::adapter::{Adapters, Gradients};
 use crate::hub::HubError;

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use candle_core::DType;
 
 use super::weights::{INDEX, SINGLE, file_names};
-use super::{Decoder, DecoderConfig, ModelConfig, ModelError, WeightFiles, check_folder, family, gguf_decoder};
+use super::{
+    BaseFiles, Decoder, DecoderConfig, ModelConfig, ModelError, WeightFiles, check_folder, family, gguf_decoder,
+};
 use crate::gguf::GgufFile;
 use crate::hub::{self, Hub, HubError, Kind, MAIN, Repo, Snapshot};
 use crate::progress::Console;
@@ -136,6 +138,17 @@ impl Base {
         config.kept(quant)
     }
 
+    /// Opens the files with its weights, whose headers are checked; no weight is read.
+    ///
+    /// # Errors
+    /// They are missing or broken.
+    pub fn files(&self) -> Result<BaseFiles, ModelError> {
+        Ok(match is_gguf(&self.path) {
+            true => BaseFiles::Gguf(GgufFile::open(&self.path)?),
+            false => BaseFiles::Folder(WeightFiles::open(&self.path)?),
+        })
+    }
+
     /// Loads the decoder that `config` describes, to compute in f32, and a hash that names it: the same files, kept
     /// otherwise, are another base.
     ///
@@ -143,12 +156,14 @@ impl Base {
     /// Weights are missing, broken, or do not fit the configuration.
     pub fn load(&self, config: DecoderConfig, console: &Console) -> Result<(Decoder, String), ModelError> {
         let quant = config.quant;
-        let (decoder, hash) = if is_gguf(&self.path) {
-            let file = GgufFile::open(&self.path)?;
-            (gguf_decoder(&file, config, DType::F32)?, fingerprint(file.chunks(), file.num_bytes(), console))
-        } else {
-            let files = WeightFiles::open(&self.path)?;
-            (files.decoder(config, DType::F32, console)?, fingerprint(files.chunks(), files.num_bytes(), console))
+        let (decoder, hash) = match self.files()? {
+            BaseFiles::Gguf(file) => {
+                (gguf_decoder(&file, config, DType::F32)?, fingerprint(file.chunks(), file.num_bytes(), console))
+            }
+            BaseFiles::Folder(files) => {
+                let decoder = files.decoder(config, DType::F32, console)?;
+                (decoder, fingerprint(files.chunks(), files.num_bytes(), console))
+            }
         };
         let name = if quant == Quant::None { String::new() } else { format!("-{}", quant.name()) };
         Ok((decoder, hash + &name))

@@ -90,14 +90,7 @@ impl WeightFiles {
     /// A tensor is missing, has another shape than the config gives, or is left over.
     pub fn decoder(&self, config: DecoderConfig, dtype: DType, console: &Console) -> Result<Decoder, ModelError> {
         let bar = console.bytes_bar("loading weights", self.files.iter().map(|f| f.num_bytes() as u64).sum());
-        let mut reader = Reader {
-            files: self,
-            unused: self.places.keys().map(String::as_str).collect(),
-            root: self.root(&config),
-            post_norms: config.post_norms,
-            dtype,
-            bar,
-        };
+        let mut reader = self.reader(&config, dtype, bar);
         let decoder = assemble(config, &mut reader)?;
         if let Some(name) = reader.unused.iter().find(|name| !is_known_extra(name, &decoder.config)) {
             return Err(ModelError::File {
@@ -107,6 +100,17 @@ impl WeightFiles {
             });
         }
         Ok(decoder)
+    }
+
+    fn reader<'f>(&'f self, config: &DecoderConfig, dtype: DType, bar: Bar<'f>) -> Reader<'f> {
+        Reader {
+            files: self,
+            unused: self.places.keys().map(String::as_str).collect(),
+            root: self.root(config),
+            post_norms: config.post_norms,
+            dtype,
+            bar,
+        }
     }
 
     /// What the names of tensors begin with: a model of several parts was once saved otherwise than it is named.
@@ -200,6 +204,119 @@ impl Place {
     }
 }
 
+/// One tensor of a decoder, in Hugging Face's order of rows.
+#[derive(Debug, Clone)]
+pub struct Part {
+    place: Place,
+    shape: Vec<usize>,
+    /// How a matrix is kept.
+    kept: Kept,
+    /// What is added to the values in a folder.
+    offset: f64,
+    module: Option<usize>,
+}
+
+impl Part {
+    /// Its name in Hugging Face's model.
+    #[must_use]
+    pub fn name(&self, config: &DecoderConfig) -> String {
+        self.place.in_hugging_face(config.root, config.post_norms)
+    }
+
+    /// llama.cpp's name.
+    #[must_use]
+    pub fn gguf_name(&self) -> String {
+        self.place.in_gguf()
+    }
+
+    /// Rows and columns of a matrix, length of a vector.
+    #[must_use]
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Its number among [`DecoderConfig::modules`], if it is the matrix of one.
+    #[must_use]
+    pub fn module(&self) -> Option<usize> {
+        self.module
+    }
+
+    /// Whether it is embedding or head.
+    #[must_use]
+    pub fn is_vocabulary(&self) -> bool {
+        matches!(self.place, Place::Embedding | Place::Head)
+    }
+
+    /// Whether its rows are those of queries or keys, which llama.cpp turns in Llama's architecture.
+    #[must_use]
+    pub fn is_turned(&self) -> bool {
+        matches!(
+            self.place,
+            Place::Weight(_, Projection::Query | Projection::Key)
+                | Place::Bias(_, Projection::Query | Projection::Key)
+        )
+    }
+}
+
+impl DecoderConfig {
+    /// Every tensor of the decoder: the embedding, the layers from the first, the last norm, and the head if it is one of
+    /// its own.
+    ///
+    /// # Errors
+    /// What candle returns.
+    pub fn parts(&self) -> Result<Vec<Part>, ModelError> {
+        /// Notes what is asked for, and gives nothing.
+        struct Recorder<'c>(Vec<Part>, &'c DecoderConfig);
+        impl Tensors for Recorder<'_> {
+            fn matrix(&mut self, place: Place, shape: [usize; 2], kept: Kept) -> Result<Weight, ModelError> {
+                let of_layer = self.1.projections().len();
+                let module = match place {
+                    Place::Weight(layer, projection) => Some(layer * of_layer + self.1.slot(projection)),
+                    _ => None,
+                };
+                self.0.push(Part { place, shape: shape.to_vec(), kept, offset: 0.0, module });
+                Ok(Weight::Dense(Tensor::zeros((0, 0), DType::F32, &Device::Cpu)?))
+            }
+
+            fn vector(&mut self, place: Place, len: usize, offset: f64) -> Result<Tensor, ModelError> {
+                self.0.push(Part { place, shape: vec![len], kept: Kept::Dense, offset, module: None });
+                Ok(Tensor::zeros(0, DType::F32, &Device::Cpu)?)
+            }
+        }
+        let mut recorder = Recorder(Vec::new(), self);
+        assemble(self.clone(), &mut recorder)?;
+        Ok(recorder.0)
+    }
+}
+
+/// The files of a base, open.
+#[derive(Debug)]
+pub enum BaseFiles {
+    /// Safetensors of a folder.
+    Folder(WeightFiles),
+    /// A GGUF file.
+    Gguf(GgufFile),
+}
+
+impl BaseFiles {
+    /// One tensor as the decoder has it: a matrix kept as it is while training, rows in Hugging Face's order, and the
+    /// vector that a norm multiplies by (f32, one-dimensional).
+    ///
+    /// # Errors
+    /// It is missing, broken, or of another shape than the configuration gives.
+    pub fn read(&self, part: &Part, config: &DecoderConfig) -> Result<Weight, ModelError> {
+        let silent = Console::silent();
+        let mut from: Box<dyn Tensors + '_> = match self {
+            Self::Folder(files) => Box::new(files.reader(config, DType::F32, silent.bytes_bar("", 0))),
+            Self::Gguf(file) => Box::new(GgufReader::new(file, config, DType::F32)),
+        };
+        match part.shape[..] {
+            [rows, columns] => from.matrix(part.place, [rows, columns], part.kept),
+            _ => from.vector(part.place, part.shape.iter().product(), part.offset).map(Weight::Dense),
+        }
+    }
+}
+
 /// Puts a decoder together.
 fn assemble(config: DecoderConfig, from: &mut dyn Tensors) -> Result<Decoder, ModelError> {
     let (d, v, quant) = (config.hidden_size, config.vocab_size, config.quant);
@@ -244,6 +361,15 @@ struct GgufReader<'f> {
     dtype: DType,
 }
 
+impl<'f> GgufReader<'f> {
+    fn new(file: &'f GgufFile, config: &DecoderConfig, dtype: DType) -> Self {
+        // llama.cpp turns the pairs of a head's rows next to each other, in this architecture alone
+        let paired = file.metadata("general.architecture").and_then(gguf::Value::as_str) == Some("llama");
+        let unused = file.tensors().map(|(name, _)| name).collect();
+        Self { file, unused, paired: paired.then_some(config.head_dim), dtype }
+    }
+}
+
 impl Tensors for GgufReader<'_> {
     fn matrix(&mut self, place: Place, shape: [usize; 2], _: Kept) -> Result<Weight, ModelError> {
         let name = place.in_gguf();
@@ -273,10 +399,7 @@ impl Tensors for GgufReader<'_> {
 /// # Errors
 /// A tensor is missing, has another shape than the metadata gives, or is left over.
 pub fn gguf_decoder(file: &GgufFile, config: DecoderConfig, dtype: DType) -> Result<Decoder, ModelError> {
-    // llama.cpp turns the pairs of a head's rows next to each other, in this architecture alone
-    let paired = file.metadata("general.architecture").and_then(gguf::Value::as_str) == Some("llama");
-    let unused = file.tensors().map(|(name, _)| name).collect();
-    let mut reader = GgufReader { file, unused, paired: paired.then_some(config.head_dim), dtype };
+    let mut reader = GgufReader::new(file, &config, dtype);
     let decoder = assemble(config, &mut reader)?;
     // what the configuration was made of
     let known = ["rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"];
