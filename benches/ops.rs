@@ -68,7 +68,7 @@ fn ops(c: &mut Criterion) {
     let branches: [Branch<'_>; 2] = std::array::from_fn(|i| Branch {
         weight: &w[i],
         bias: None,
-        update: Some(LowRank { a: &a[i], b: &b[i], scale: 2.0, dropout: None }),
+        update: Some(LowRank { a: &a[i], b: &b[i], scale: 2.0, dropout: None, magnitude: None }),
     });
     let frozen = branches.map(|branch| Branch { update: None, ..branch });
     let (base, update) = (2 * t * 2 * D * F, 2 * t * 2 * RANK * (D + F));

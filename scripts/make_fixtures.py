@@ -16,7 +16,8 @@ f32 (as transformers always does); rope's angles, cosines and sines stay in f32,
     <model>/<adapter>/gradients.safetensors    of DPO's loss (beta 0.1, mean over the pairs), under PEFT's names
     gqa/all/adamw-*.json                       ten steps on those pairs: the log of TRL's DPOTrainer, and of the same
                                                steps by torch.optim.AdamW in f64, with which TRL has to agree
-    gqa/all/adamw-*.safetensors                the adapter after them
+    gqa/all/adamw-*.safetensors                the adapter after them (adamw-loraplus: PEFT's LoRA+ optimizer)
+    gqa/{pissa,olora}.safetensors              s·B·A of those initialisations, under the modules' paths
 """
 
 import importlib.metadata
@@ -31,6 +32,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -121,9 +123,13 @@ ADAPTERS = {
     ("gqa", "all"): dict(r=4, lora_alpha=6, target_modules=ALL),
     ("gqa", "rslora"): dict(r=4, lora_alpha=3, target_modules=ALL, use_rslora=True),
     ("gqa", "subset"): dict(r=2, lora_alpha=3, target_modules=["q_proj", "down_proj"]),
+    ("gqa", "dora"): dict(r=3, lora_alpha=5, target_modules=ALL, use_dora=True),
+    ("gqa", "patterns"): dict(r=4, lora_alpha=6, target_modules=ALL, layers_to_transform=[1], use_rslora=True,
+                              rank_pattern={"down_proj": 3, "v_proj": 1}, alpha_pattern={"q_proj": 9}),
     ("tied", "all"): dict(r=2, lora_alpha=3, target_modules=ALL),
     ("llama3", "all"): dict(r=2, lora_alpha=3, target_modules=ALL),
     ("bias", "all"): dict(r=2, lora_alpha=3, target_modules=ALL),
+    ("bias", "dora"): dict(r=2, lora_alpha=3, target_modules=ALL, use_dora=True),
     **{(family, "all"): dict(r=2, lora_alpha=3, target_modules=ALL)
        for family in ("mistral", "qwen2", "qwen3", "gemma2", "gemma3", "smollm3")},
     ("phi3", "all"): dict(r=2, lora_alpha=3, target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
@@ -236,6 +242,8 @@ def make_adapter(model_folder, folder, options, pairs, prompt):
         for name, weight in model.named_parameters():
             if ".lora_B." in name:
                 weight.copy_(0.3 * torch.randn_like(weight))
+            if ".lora_magnitude_vector." in name:
+                weight.mul_(1.0 + 0.2 * torch.randn_like(weight))
     model.save_pretrained(folder)
     (folder / "README.md").unlink()
     # a path of the machine that made them, and no order: PEFT keeps target_modules as a set
@@ -265,11 +273,15 @@ def make_adapter(model_folder, folder, options, pairs, prompt):
     ))
 
 
-def torch_steps(model_folder, adapter, pairs, weight_decay):
-    """Ten steps with torch's own AdamW and clipping: TRL's run has to be the same."""
+def torch_steps(model_folder, adapter, pairs, weight_decay, ratio=None):
+    """Ten steps with torch's own AdamW and clipping: TRL's run has to be the same. With a ratio, PEFT's LoRA+."""
     model = PeftModel.from_pretrained(load(model_folder), adapter, is_trainable=True).double().eval()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
+    options = dict(lr=1e-2, betas=(0.9, 0.999), eps=1e-8)
+    optimizer = torch.optim.AdamW(trained, weight_decay=weight_decay, **options)
+    if ratio:
+        optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, loraplus_lr_ratio=ratio,
+                                              loraplus_weight_decay=weight_decay, **options)
     steps = []
     for _ in range(10):
         optimizer.zero_grad()
@@ -332,6 +344,27 @@ def make_trajectories(model_folder, adapter, options, pairs):
         save_file(as_f32(final), adapter / f"adamw-{name}.safetensors")
 
 
+def make_loraplus(model_folder, adapter, pairs):
+    steps, final = torch_steps(model_folder, adapter, pairs, 0.01, ratio=4.0)
+    write_json(adapter / "adamw-loraplus.json", dict(
+        learning_rate=1e-2, weight_decay=0.01, max_grad_norm=1.0, loraplus_ratio=4.0, trl=[],
+        torch=[dict(loss=loss, grad_norm=norm) for loss, norm in steps],
+    ))
+    save_file(as_f32(final), adapter / "adamw-loraplus.safetensors")
+
+
+@torch.no_grad()
+def make_first_values(model_folder):
+    """What PiSSA and OLoRA take out of each matrix: the scaled product, since signs of its factors are a matter of taste."""
+    for name in ("pissa", "olora"):
+        config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=ALL, init_lora_weights=name)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32), config)
+        products = {path.removeprefix("base_model.model."): module.get_delta_weight("default")
+                    for path, module in model.named_modules() if hasattr(module, "get_delta_weight")}
+        assert len(products) == 14
+        save_file(as_f32(products), model_folder / f"{name}.safetensors")
+
+
 def main():
     check_versions()
     shutil.rmtree(OUT, ignore_errors=True)
@@ -361,6 +394,8 @@ def main():
                 make_adapter(folder, folder / adapter, options, pairs, prompt)
         if name == "gqa":
             make_trajectories(folder, folder / "all", ADAPTERS[name, "all"], pairs)
+            make_loraplus(folder, folder / "all", pairs)
+            make_first_values(folder)
     files = [path for path in OUT.rglob("*") if path.is_file()]
     print(f"{len(files)} files, {sum(path.stat().st_size for path in files):,} bytes")
 

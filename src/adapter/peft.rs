@@ -7,9 +7,9 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Dtype, TensorView};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-use super::{AdapterError, Adapters, Lora, LoraConfig, Targets};
+use super::{AdapterError, Adapters, Dora, InitialWeights, Lora, LoraConfig, Targets};
 use crate::files::{self, WriteError};
 use crate::model::Module;
 use crate::tensor_file::{TensorFile, TensorFileError, read_text};
@@ -25,6 +25,11 @@ fn tensor_name(module: &str, side: char) -> String {
     format!("base_model.model.{module}.lora_{side}.weight")
 }
 
+/// DoRA's lengths; a name without `.weight`, which PEFT appends on loading.
+fn magnitude_name(module: &str) -> String {
+    format!("base_model.model.{module}.lora_magnitude_vector")
+}
+
 impl From<TensorFileError> for AdapterError {
     fn from(TensorFileError { file, problem, help }: TensorFileError) -> Self {
         Self::File { file, problem, help }
@@ -32,8 +37,7 @@ impl From<TensorFileError> for AdapterError {
 }
 
 /// Options of PEFT that change what an adapter computes and that are not read here.
-const UNSUPPORTED: [&str; 18] = [
-    "use_dora",
+const UNSUPPORTED: [&str; 14] = [
     "use_qalora",
     "use_bdlora",
     "alora_invocation_tokens",
@@ -42,13 +46,10 @@ const UNSUPPORTED: [&str; 18] = [
     "monteclora_config",
     "velora_config",
     "layer_replication",
-    "layers_to_transform",
     "exclude_modules",
     "modules_to_save",
     "target_parameters",
     "trainable_token_indices",
-    "rank_pattern",
-    "alpha_pattern",
     "lora_bias",
     "fan_in_fan_out",
 ];
@@ -83,6 +84,13 @@ pub fn load_config(folder: &Path) -> Result<LoraConfig, AdapterError> {
     let text = read_text(&file)?;
     let config: Value = serde_json::from_str(&text).map_err(|e| error(format!("is no JSON: {e}"), None))?;
     let get = |key: &str| config.get(key).unwrap_or(&Value::Null);
+    if ["fine_tune_type", "lora_parameters"].iter().any(|key| config.get(key).is_some()) {
+        let problem = "is of an MLX adapter, not of PEFT's";
+        let help = "MLX keeps `lora_a` [in, rank] and `lora_b` [rank, out] and a `scale`; PEFT's files have them transposed, as \
+                    base_model.model.PATH.lora_A.weight and lora_B.weight, with lora_alpha = scale * rank. mlx-lm's \
+                    `fuse` writes a merged model, which can be a source";
+        return Err(error(problem.into(), Some(help)));
+    }
     if get("peft_type") != "LORA" {
         return Err(error(format!("peft_type is {}, not \"LORA\"", get("peft_type")), None));
     }
@@ -114,8 +122,7 @@ pub fn load_config(folder: &Path) -> Result<LoraConfig, AdapterError> {
         value => value.as_f64().ok_or_else(|| error(format!("`{key}` is {value}, not a number"), None)),
     };
     let rank = number("r", 8.0)?;
-    // no useful rank comes near this; it bounds what a broken file can ask for
-    if !(rank.fract() == 0.0 && (1.0..=65536.0).contains(&rank)) {
+    if !is_rank(rank) {
         return Err(error(format!("`r` is {rank}, not a rank"), None));
     }
     let alpha = number("lora_alpha", 8.0)?;
@@ -131,12 +138,73 @@ pub fn load_config(folder: &Path) -> Result<LoraConfig, AdapterError> {
         value => serde_json::from_value::<Targets>(value.clone())
             .map_err(|_| error(format!("`target_modules` is {value}, not names or a pattern"), None))?,
     };
-    let rslora = match get("use_rslora") {
-        Value::Null => false,
-        Value::Bool(rslora) => *rslora,
-        value => return Err(error(format!("`use_rslora` is {value}, not true or false"), None)),
+    let flag = |key: &str| match get(key) {
+        Value::Null => Ok(false),
+        Value::Bool(flag) => Ok(*flag),
+        value => Err(error(format!("`{key}` is {value}, not true or false"), None)),
     };
-    Ok(LoraConfig { rank: rank as usize, alpha, rslora, dropout, targets })
+    let (rslora, dora) = (flag("use_rslora")?, flag("use_dora")?);
+    if dora && dropout > 0.0 {
+        return Err(error("use_dora is true, and lora_dropout is not 0".into(), Some(DORA_WITH_DROPOUT)));
+    }
+    let layers = match get("layers_to_transform") {
+        Value::Null => None,
+        Value::Number(_) | Value::Array(_) => {
+            let listed = match get("layers_to_transform") {
+                Value::Array(items) => items.clone(),
+                one => vec![one.clone()],
+            };
+            let numbers = listed.iter().map(|item| Some(item.as_u64()? as usize)).collect::<Option<Vec<_>>>();
+            let numbers =
+                numbers.ok_or_else(|| error("`layers_to_transform` has no numbers of layers".into(), None))?;
+            (!numbers.is_empty()).then_some(numbers)
+        }
+        value => return Err(error(format!("`layers_to_transform` is {value}, not numbers of layers"), None)),
+    };
+    let pattern = match get("layers_pattern") {
+        Value::Array(names) => names.iter().all(|name| name == "layers"),
+        value => value.is_null() || value == "layers",
+    };
+    if layers.is_some() && !pattern {
+        return Err(error(format!("`layers_pattern` is {}, not \"layers\"", get("layers_pattern")), None));
+    }
+    let numbers = |key: &str| -> Result<Vec<(String, f64)>, AdapterError> {
+        let entries = match get(key) {
+            Value::Null => return Ok(Vec::new()),
+            Value::Object(entries) => entries,
+            value => return Err(error(format!("`{key}` is {value}, not numbers by pattern"), None)),
+        };
+        let number = |(pattern, value): (&String, &Value)| {
+            let number = value.as_f64().filter(|number| number.is_finite() && *number > 0.0);
+            Ok((pattern.clone(), number.ok_or_else(|| error(format!("`{key}` has {pattern:?}: {value}"), None))?))
+        };
+        entries.iter().map(number).collect()
+    };
+    let ranks = numbers("rank_pattern")?;
+    if let Some((pattern, rank)) = ranks.iter().find(|(_, rank)| !is_rank(*rank)) {
+        return Err(error(format!("`rank_pattern` has {pattern:?}: {rank}, not a rank"), None));
+    }
+    Ok(LoraConfig {
+        rank: rank as usize,
+        alpha,
+        rslora,
+        dora,
+        dropout,
+        targets,
+        layers,
+        ranks: ranks.into_iter().map(|(pattern, rank)| (pattern, rank as usize)).collect(),
+        alphas: numbers("alpha_pattern")?,
+        weights: InitialWeights::default(),
+    })
+}
+
+/// Why DoRA goes without dropout.
+pub const DORA_WITH_DROPOUT: &str =
+    "under dropout the lengths of DoRA's rows belong to no one matrix: set [adapter] dropout = 0";
+
+/// No useful rank comes near the largest; it bounds what a broken file can ask for.
+fn is_rank(rank: f64) -> bool {
+    rank.fract() == 0.0 && (1.0..=65536.0).contains(&rank)
 }
 
 /// Reads an adapter for a model with `modules`, as `dtype` on the CPU.
@@ -157,14 +225,17 @@ pub fn load(folder: &Path, modules: &[Module], dtype: DType) -> Result<Adapters,
     }
     let file = TensorFile::open(&folder.join(TENSORS_FILE))?;
     // the targets stand in the adapter's file, not in the recipe that the error would speak of
-    let selected = config.targets.select(modules).map_err(|e| AdapterError::File {
+    let selected = config.select(modules).map_err(|e| AdapterError::File {
         file: folder.join(CONFIG_FILE),
         problem: match e {
             AdapterError::NoModule { target, .. } => {
-                format!("`{target}` in target_modules matches no module of the model")
+                format!("`{target}` in target_modules or a pattern matches no module of the model")
             }
             AdapterError::BadPattern { pattern, .. } => {
-                format!("target_modules is {pattern:?}, no regular expression")
+                format!("{pattern:?} is no regular expression")
+            }
+            AdapterError::NoLayer { layer, last } => {
+                format!("layers_to_transform names layer {layer}, and the model's last is {last}")
             }
             other => other.to_string(),
         },
@@ -173,21 +244,24 @@ pub fn load(folder: &Path, modules: &[Module], dtype: DType) -> Result<Adapters,
     let mut unused: BTreeMap<String, ()> = file.names().into_iter().map(|name| (name, ())).collect();
     let mut loras = Vec::with_capacity(modules.len());
     for (module, selected) in modules.iter().zip(selected) {
-        if !selected {
+        let Some((rank, scale)) = selected else {
             loras.push(None);
             continue;
-        }
-        let mut read = |side: char, shape: [usize; 2]| {
-            let name = tensor_name(&module.path, side);
-            unused.remove(&name);
-            file.read(&name, &shape, dtype)
         };
-        loras.push(Some(Lora {
-            a: read('A', [config.rank, module.inputs])?,
-            b: read('B', [module.outputs, config.rank])?,
-            module: module.path.clone(),
-            scale: config.scale(),
-        }));
+        let mut read = |name: &str, shape: &[usize]| {
+            unused.remove(name);
+            file.read(name, shape, dtype)
+        };
+        let a = read(&tensor_name(&module.path, 'A'), &[rank, module.inputs])?;
+        let b = read(&tensor_name(&module.path, 'B'), &[module.outputs, rank])?;
+        let mut lora = Lora::new(&module.path, a, b, scale);
+        if config.dora {
+            let name = magnitude_name(&module.path);
+            let saved = format!("{name}.weight");
+            let name = if file.names().contains(&saved) { saved } else { name };
+            lora.dora = Some(Dora { magnitude: read(&name, &[module.outputs])?, norms: None });
+        }
+        loras.push(Some(lora));
     }
     if let Some((name, ())) = unused.pop_first() {
         return Err(AdapterError::File {
@@ -199,6 +273,26 @@ pub fn load(folder: &Path, modules: &[Module], dtype: DType) -> Result<Adapters,
     Ok(Adapters { config, modules: loras })
 }
 
+/// The trainable tensors of adapters like `adapters`, in their order, from a folder that [`save`] wrote of such.
+///
+/// # Errors
+/// The file is missing or broken, or is of other adapters.
+pub(crate) fn load_trainable(folder: &Path, adapters: &Adapters) -> Result<Vec<Tensor>, AdapterError> {
+    let file = TensorFile::open(&folder.join(TENSORS_FILE))?;
+    let mut tensors = Vec::new();
+    for lora in adapters.iter() {
+        // what is not trained stands behind it
+        let rank = lora.own[0].dims()[0];
+        let read = |name: &str, like: &Tensor| file.read(name, like.dims(), like.dtype());
+        tensors.push(read(&tensor_name(&lora.module, 'A'), lora.a())?.narrow(0, 0, rank)?.contiguous()?);
+        tensors.push(read(&tensor_name(&lora.module, 'B'), lora.b())?.narrow(1, 0, rank)?.contiguous()?);
+        if let Some(magnitude) = lora.magnitude() {
+            tensors.push(read(&magnitude_name(&lora.module), magnitude)?);
+        }
+    }
+    Ok(tensors)
+}
+
 /// The bytes of `adapter_model.safetensors`: f32, under PEFT's names, the same for the same adapter.
 ///
 /// # Errors
@@ -206,9 +300,10 @@ pub fn load(folder: &Path, modules: &[Module], dtype: DType) -> Result<Adapters,
 pub fn tensor_bytes(adapters: &Adapters) -> Result<Vec<u8>, AdapterError> {
     let mut named = Vec::new();
     for lora in adapters.iter() {
-        for (side, tensor) in [('A', &lora.a), ('B', &lora.b)] {
+        for (side, tensor) in [('A', lora.a()), ('B', lora.b())] {
             named.push((tensor_name(&lora.module, side), tensor.clone()));
         }
+        named.extend(lora.magnitude().map(|magnitude| (magnitude_name(&lora.module), magnitude.clone())));
     }
     Ok(serialize(&named)?)
 }
@@ -230,10 +325,50 @@ pub(crate) fn serialize(named: &[(String, Tensor)]) -> Result<Vec<u8>, candle_co
     safetensors::serialize(views, Some(metadata)).map_err(candle_core::Error::wrap)
 }
 
+/// Ranks and alphas as PEFT has them: those of most modules, and by name those that are others.
+struct Sizes {
+    rank: usize,
+    alpha: f64,
+    ranks: Map<String, Value>,
+    alphas: Map<String, Value>,
+}
+
+impl Sizes {
+    fn of(adapters: &Adapters) -> Self {
+        let config = adapters.config();
+        let size = |lora: &Lora| (lora.rank(), config.alpha_of(lora.rank(), lora.scale));
+        let all: Vec<(usize, f64)> = adapters.iter().map(size).collect();
+        let count = |one: &(usize, f64)| all.iter().filter(|other| *other == one).count();
+        // of two that are as frequent, the recipe's
+        let own = |one: &(usize, f64)| *one == (config.rank, config.alpha);
+        let (rank, alpha) =
+            all.iter().copied().max_by_key(|one| (count(one), own(one))).unwrap_or((config.rank, config.alpha));
+        let (mut ranks, mut alphas) = (Map::new(), Map::new());
+        for (lora, size) in adapters.iter().zip(&all) {
+            let name = |lora: &Lora| lora.module.rsplit('.').next().unwrap_or_default().to_owned();
+            let alike = adapters.iter().zip(&all).all(|(other, its)| name(other) != name(lora) || its == size);
+            let key = if alike { name(lora) } else { lora.module.clone() };
+            if size.0 != rank {
+                ranks.insert(key.clone(), json!(size.0));
+            }
+            if size.1 != alpha {
+                alphas.insert(key, whole(size.1));
+            }
+        }
+        Self { rank, alpha, ranks, alphas }
+    }
+}
+
+/// A number without a fraction as PEFT writes it.
+fn whole(number: f64) -> Value {
+    if number.fract() == 0.0 && number.abs() < 1e15 { json!(number as i64) } else { json!(number) }
+}
+
 /// `adapter_config.json` as PEFT writes it: all of its keys, sorted, two blanks of indentation.
 #[must_use]
 pub fn config_json(adapters: &Adapters, base: &str) -> String {
-    let LoraConfig { rank, alpha, rslora, dropout, targets } = adapters.config();
+    let LoraConfig { rslora, dora, dropout, targets, layers, .. } = adapters.config();
+    let Sizes { rank, alpha, ranks, alphas } = Sizes::of(adapters);
     // what "all-linear" selects in this decoder, written out: readers match it without knowing the base
     let all = || {
         let mut names: Vec<&str> = Vec::new();
@@ -252,10 +387,9 @@ pub fn config_json(adapters: &Adapters, base: &str) -> String {
         (Targets::AllLinear, None) => json!(all()),
         (Targets::Names(names), None) => json!(names),
     };
-    let alpha = if alpha.fract() == 0.0 && alpha.abs() < 1e15 { json!(*alpha as i64) } else { json!(alpha) };
     let config = json!({
         "alora_invocation_tokens": null,
-        "alpha_pattern": {},
+        "alpha_pattern": alphas,
         "arrow_config": null,
         "auto_mapping": null,
         "base_model_name_or_path": base,
@@ -269,9 +403,9 @@ pub fn config_json(adapters: &Adapters, base: &str) -> String {
         "init_lora_weights": true,
         "layer_replication": null,
         "layers_pattern": null,
-        "layers_to_transform": null,
+        "layers_to_transform": layers,
         "loftq_config": {},
-        "lora_alpha": alpha,
+        "lora_alpha": whole(alpha),
         "lora_bias": false,
         "lora_dropout": dropout,
         "megatron_config": null,
@@ -281,13 +415,13 @@ pub fn config_json(adapters: &Adapters, base: &str) -> String {
         "peft_version": PEFT_VERSION,
         "qalora_group_size": 16,
         "r": rank,
-        "rank_pattern": {},
+        "rank_pattern": ranks,
         "revision": null,
         "target_modules": targets,
         "target_parameters": null,
         "task_type": "CAUSAL_LM",
         "trainable_token_indices": null,
-        "use_dora": false,
+        "use_dora": dora,
         "use_qalora": false,
         "use_rslora": rslora,
     });
@@ -331,10 +465,11 @@ mod tests {
 
     /// An adapter whose `B` is not zero.
     fn adapters(targets: Targets) -> Adapters {
-        let config = LoraConfig { rank: 3, alpha: 4.5, rslora: true, dropout: 0.25, targets };
+        let config =
+            LoraConfig { rank: 3, alpha: 4.5, rslora: true, dropout: 0.25, targets, ..LoraConfig::default() };
         let mut adapters = crate::adapter::new(&config, &modules(), 1, DType::F32, &Device::Cpu).expect("made");
         let moved: Vec<Tensor> = adapters.tensors().map(|(_, tensor)| (tensor + 0.1).expect("moved")).collect();
-        adapters.replace(moved);
+        adapters.replace(moved).expect("replaced");
         adapters
     }
 
@@ -411,8 +546,15 @@ mod tests {
             ("use_rslora", json!("true"), "`use_rslora` is \"true\", not true or false"),
             ("target_modules", Value::Null, "`target_modules` is missing"),
             ("target_modules", json!([]), "`target_modules` is [], not names or a pattern"),
-            ("target_modules", json!(["lm_head"]), "`lm_head` in target_modules matches no module of the model"),
-            ("target_modules", json!("q_(proj"), "target_modules is \"q_(proj\", no regular expression"),
+            ("target_modules", json!(["lm_head"]), "`lm_head` in target_modules or a pattern matches no module"),
+            ("target_modules", json!("q_(proj"), "\"q_(proj\" is no regular expression"),
+            ("use_dora", json!(true), "use_dora is true, and lora_dropout is not 0"),
+            ("layers_to_transform", json!([7]), "layers_to_transform names layer 7, and the model's last is 0"),
+            ("layers_to_transform", json!("all"), "`layers_to_transform` is \"all\", not numbers"),
+            ("rank_pattern", json!({"q_proj": 2.5}), "`rank_pattern` has \"q_proj\": 2.5, not a rank"),
+            ("rank_pattern", json!({"w_proj": 2}), "`w_proj` in target_modules or a pattern matches no module"),
+            ("alpha_pattern", json!({"q_proj": -1}), "`alpha_pattern` has \"q_proj\": -1"),
+            ("fine_tune_type", json!("lora"), "is of an MLX adapter"),
         ] {
             let problem = config_problem(key, value);
             assert!(problem.starts_with(expected), "{problem}");

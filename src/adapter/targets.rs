@@ -42,15 +42,41 @@ impl Targets {
                 Ok(modules.iter().map(|module| names.iter().any(|name| named(module, name))).collect())
             }
             Self::Pattern(pattern) => {
-                let regex = Regex::new(&format!("^(?:{pattern})$")).map_err(|error| AdapterError::BadPattern {
-                    pattern: pattern.clone(),
-                    help: error.to_string(),
-                })?;
+                let regex = regex(pattern, &format!("^(?:{pattern})$"))?;
                 let selected: Vec<bool> = modules.iter().map(|module| regex.is_match(&module.path)).collect();
                 if selected.contains(&true) { Ok(selected) } else { Err(no_module(pattern, modules)) }
             }
         }
     }
+}
+
+fn regex(pattern: &str, whole: &str) -> Result<Regex, AdapterError> {
+    Regex::new(whole)
+        .map_err(|error| AdapterError::BadPattern { pattern: pattern.to_owned(), help: error.to_string() })
+}
+
+/// The number of the layer that a module is in.
+pub(super) fn layer(path: &str) -> Option<usize> {
+    path.split_once(".layers.")?.1.split('.').next()?.parse().ok()
+}
+
+/// For each module the value of the first pattern that its path, or the end of it from a dot on, matches.
+pub(super) fn patterns<T: Copy>(
+    patterns: &[(String, T)],
+    modules: &[Module],
+    selected: &[bool],
+) -> Result<Vec<Option<T>>, AdapterError> {
+    let compiled: Vec<(Regex, T)> = patterns
+        .iter()
+        .map(|(pattern, value)| Ok((regex(pattern, &format!(r"^(?:.*\.)?(?:{pattern})$"))?, *value)))
+        .collect::<Result<_, AdapterError>>()?;
+    for ((regex, _), (pattern, _)) in compiled.iter().zip(patterns) {
+        if !modules.iter().zip(selected).any(|(module, selected)| *selected && regex.is_match(&module.path)) {
+            return Err(no_module(pattern, modules));
+        }
+    }
+    let of = |module: &Module| Some(compiled.iter().find(|(regex, _)| regex.is_match(&module.path))?.1);
+    Ok(modules.iter().map(of).collect())
 }
 
 fn no_module(target: &str, modules: &[Module]) -> AdapterError {

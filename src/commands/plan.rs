@@ -158,7 +158,7 @@ impl<'a> Report<'a> {
 
     /// Modules that carry an adapter.
     fn modules(&self) -> usize {
-        self.setup.adapted.iter().filter(|adapted| **adapted).count()
+        self.setup.ranks.iter().filter(|rank| **rank > 0).count()
     }
 
     fn json(&self) -> Value {

@@ -7,7 +7,7 @@ use miette::Diagnostic;
 use thiserror::Error;
 
 use super::{Failure, failed, request};
-use crate::adapter::{AdapterConfig, LoraConfig, peft};
+use crate::adapter::{AdapterConfig, AdapterError, InitialWeights, LoraConfig, peft};
 use crate::data::{self, Codec, DataError, Dataset, Wanted};
 use crate::hub::{Cause, Hub};
 use crate::machine;
@@ -26,8 +26,8 @@ pub(super) struct Setup {
     pub(super) decoder: DecoderConfig,
     pub(super) modules: Vec<Module>,
     pub(super) lora: LoraConfig,
-    /// Which of the modules carry an adapter.
-    pub(super) adapted: Vec<bool>,
+    /// The rank of all that stands on each of the modules, 0 where there is nothing.
+    pub(super) ranks: Vec<usize>,
     pub(super) codec: Codec,
     pub(super) train: Dataset,
     pub(super) eval: Option<Dataset>,
@@ -51,8 +51,7 @@ impl Setup {
         let decoder = base.config(recipe.model.quant).map_err(request)?;
         let modules = decoder.modules();
         // before any data is read: names that match nothing are a matter of the recipe
-        let lora = lora_config(&recipe.adapter)?;
-        let adapted = lora.targets.select(&modules).map_err(request)?;
+        let (lora, ranks) = lora_config(&recipe.adapter, &modules).map_err(request)?;
 
         let codec = Codec::open(source, recipe.data.chat_template.as_deref()).map_err(request)?;
         if codec.depends_on_date() {
@@ -85,12 +84,12 @@ impl Setup {
         };
         outside("the training data", &train)?;
         eval.as_ref().map_or(Ok(()), |eval| outside("the held-out data", eval))?;
-        Ok(Self { base, decoder, modules, lora, adapted, codec, train, eval, parsed })
+        Ok(Self { base, decoder, modules, lora, ranks, codec, train, eval, parsed })
     }
 
     /// The recipe with every value, for a run into the folder `out`.
     pub(super) fn resolve(&self, out: &Path) -> Result<Resolved, Failure> {
-        let Self { parsed, base, decoder, lora, adapted, codec, train, eval, .. } = self;
+        let Self { parsed, base, decoder, lora, ranks, codec, train, eval, .. } = self;
         let config = &parsed.recipe.train;
         let inputs = Inputs {
             out,
@@ -98,7 +97,7 @@ impl Setup {
             commit: base.commit(),
             decoder,
             lora,
-            adapted,
+            ranks,
             train,
             eval: eval.as_ref(),
             tokenizer: codec.num_bytes(),
@@ -159,10 +158,34 @@ pub(super) fn from_base(error: ModelError) -> Failure {
     }
 }
 
-fn lora_config(config: &AdapterConfig) -> Result<LoraConfig, Failure> {
-    let Some(init) = &config.init else { return Ok(config.lora()) };
-    let brought = peft::load_config(init).map_err(request)?;
-    Ok(LoraConfig { dropout: config.dropout.map_or(brought.dropout, |dropout| dropout.get()), ..brought })
+/// The adapter that is trained, and the rank of all that stands on each module.
+fn lora_config(config: &AdapterConfig, modules: &[Module]) -> Result<(LoraConfig, Vec<usize>), AdapterError> {
+    let ranks = |lora: &LoraConfig| -> Result<Vec<usize>, AdapterError> {
+        Ok(lora.select(modules)?.into_iter().map(|of| of.map_or(0, |(rank, _)| rank)).collect())
+    };
+    let Some(init) = &config.init else {
+        let lora = config.lora();
+        let own = ranks(&lora)?;
+        return Ok((lora.clone(), with_frozen(&lora, own)));
+    };
+    let brought = peft::load_config(init)?;
+    if config.continues() {
+        let lora = LoraConfig { dropout: config.dropout.map_or(brought.dropout, |dropout| dropout.get()), ..brought };
+        let own = ranks(&lora)?;
+        return Ok((lora, own));
+    }
+    let lora = config.lora();
+    let own = with_frozen(&lora, ranks(&lora)?);
+    let both = own.into_iter().zip(ranks(&brought)?).map(|(own, below)| own + below).collect();
+    Ok((lora, both))
+}
+
+/// First values that are not zero stand there a second time, to be taken out.
+fn with_frozen(lora: &LoraConfig, ranks: Vec<usize>) -> Vec<usize> {
+    match lora.weights {
+        InitialWeights::Kaiming | InitialWeights::Gaussian => ranks,
+        InitialWeights::Pissa | InitialWeights::Olora => ranks.into_iter().map(|rank| 2 * rank).collect(),
+    }
 }
 
 fn tell_data(console: &Console, name: &str, dataset: &Dataset) {

@@ -1,6 +1,7 @@
 //! The decoder: embedding, layers, norm and head; one for every family, forward and backward by hand.
 //!
-//! Adapters are an argument: [`Adapter::On`] is the policy, [`Adapter::Off`] the reference, on the same weights.
+//! Adapters are an argument: [`Adapter::On`] is the policy, [`Adapter::Reference`] what it is compared with, on the same
+//! weights.
 
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -16,12 +17,14 @@ use crate::ops::rope::Angles;
 use crate::ops::{norm, rows};
 use crate::quant::Weight;
 
-/// Policy or reference.
+/// Whose adapters are on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Adapter {
     /// The base with its adapters: the policy.
     On,
-    /// The base alone: the reference.
+    /// What the policy is compared with: the base alone, or with the adapter that training began from.
+    Reference,
+    /// The base alone.
     Off,
 }
 
@@ -78,6 +81,13 @@ impl Decoder {
     #[must_use]
     pub fn config(&self) -> &DecoderConfig {
         &self.config
+    }
+
+    /// The matrix of module number `module` in the order of [`DecoderConfig::modules`].
+    #[must_use]
+    pub fn module(&self, module: usize) -> &Weight {
+        let of_layer = self.config.projections().len();
+        &self.layers[module / of_layer].projections[module % of_layer].weight
     }
 
     /// Element type of the weights, which the computation is in.

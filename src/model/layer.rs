@@ -161,7 +161,7 @@ impl<'a> At<'a> {
                 key: dropout::key(key, module as u64),
                 rows: row_keys,
             });
-            Some(LowRank { a: lora.a(), b: lora.b(), scale: lora.scale(), dropout })
+            Some(LowRank { dropout, ..lora.low_rank() })
         };
         Branch { weight, bias: bias.as_ref(), update: self.pass.adapters.and_then(adapter) }
     }

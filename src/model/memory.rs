@@ -97,18 +97,18 @@ struct Parts {
 }
 
 impl Shape {
-    /// A decoder with adapters of `rank` on those of its modules that are `adapted`, in the order of
+    /// A decoder with adapters of `ranks` on its modules, 0 where there is none, in the order of
     /// [`DecoderConfig::modules`].
     #[must_use]
-    pub fn new(decoder: &DecoderConfig, rank: usize, adapted: &[bool]) -> Self {
-        let layer = |adapted: &[bool]| {
+    pub fn new(decoder: &DecoderConfig, ranks: &[usize]) -> Self {
+        let layer = |of_layer: &[usize]| {
             let mut ranks = Ranks::default();
-            for (&projection, &adapted) in decoder.projections().iter().zip(adapted) {
-                ranks[projection as usize] = if adapted { rank } else { 0 };
+            for (&projection, &rank) in decoder.projections().iter().zip(of_layer) {
+                ranks[projection as usize] = rank;
             }
             ranks
         };
-        Self { decoder: decoder.clone(), ranks: adapted.chunks(decoder.projections().len()).map(layer).collect() }
+        Self { decoder: decoder.clone(), ranks: ranks.chunks(decoder.projections().len()).map(layer).collect() }
     }
 
     /// The lowest layer with an adapter: those below it keep nothing and have no backward pass.
@@ -288,7 +288,7 @@ pub(crate) mod tests {
 
     /// Adapters of rank 16 on everything.
     pub(crate) fn rank_16(decoder: &DecoderConfig) -> Shape {
-        Shape::new(decoder, 16, &vec![true; decoder.modules().len()])
+        Shape::new(decoder, &vec![16; decoder.modules().len()])
     }
 
     /// KiB a token over all layers, without adapters: two norms' scales and the log-sum-exp come on top of `2D + 2Q + 2K
@@ -332,8 +332,8 @@ pub(crate) mod tests {
     #[test]
     fn layers_below_the_lowest_adapter_keep_nothing() {
         let decoder = decoder(64, 4, 4, 2, 128, 100);
-        let adapted: Vec<bool> = (0..28).map(|module| module >= 14 + 3).collect();
-        let shape = Shape::new(&decoder, 8, &adapted);
+        let ranks: Vec<usize> = (0..28).map(|module| if module >= 14 + 3 { 8 } else { 0 }).collect();
+        let shape = Shape::new(&decoder, &ranks);
         assert_eq!(shape.lowest_adapted(), 2);
         assert_eq!(shape.bytes_per_row(1, Saved::All), 0);
         assert!(shape.bytes_per_row(2, Saved::Input) > 0);

@@ -115,13 +115,28 @@ pub fn check_folder(folder: &Path) -> Result<(), ModelError> {
 pub struct Model {
     decoder: Decoder,
     adapters: Adapters,
+    /// Those of the reference, where it is not the base alone.
+    reference: Option<Adapters>,
 }
 
 impl Model {
-    /// A policy over `decoder`.
-    #[must_use]
-    pub fn new(decoder: Decoder, adapters: Adapters) -> Self {
-        Self { decoder, adapters }
+    /// A policy over `decoder`, whose reference is the base alone.
+    ///
+    /// # Errors
+    /// What candle returns.
+    pub fn new(decoder: Decoder, mut adapters: Adapters) -> candle_core::Result<Self> {
+        adapters.measure(&decoder)?;
+        Ok(Self { decoder, adapters, reference: None })
+    }
+
+    /// The same policy, compared with the base with `reference` on.
+    ///
+    /// # Errors
+    /// What candle returns.
+    pub fn with_reference(mut self, mut reference: Adapters) -> candle_core::Result<Self> {
+        reference.measure(&self.decoder)?;
+        self.reference = Some(reference);
+        Ok(self)
     }
 
     /// The frozen base.
@@ -136,14 +151,36 @@ impl Model {
         &self.adapters
     }
 
-    /// The adapters, to replace their tensors.
-    pub fn adapters_mut(&mut self) -> &mut Adapters {
-        &mut self.adapters
+    /// Replaces the adapters' tensors, which are in the order of [`Adapters::tensors`].
+    ///
+    /// # Errors
+    /// What candle returns.
+    pub fn replace(&mut self, tensors: Vec<candle_core::Tensor>) -> candle_core::Result<()> {
+        self.adapters.replace(tensors)?;
+        self.adapters.measure(&self.decoder)
+    }
+
+    /// Whether the reference has an adapter of its own.
+    #[must_use]
+    pub fn has_reference_adapter(&self) -> bool {
+        self.reference.is_some()
+    }
+
+    /// Whether the policy is known to be its reference: where both are the same adapters, or the policy's are zero.
+    ///
+    /// # Errors
+    /// What candle returns.
+    pub fn is_reference(&self) -> candle_core::Result<bool> {
+        match &self.reference {
+            Some(reference) => self.adapters.same(reference),
+            None => self.adapters.is_zero(),
+        }
     }
 
     pub(crate) fn switched(&self, adapter: Adapter) -> Option<&Adapters> {
         match adapter {
             Adapter::On => Some(&self.adapters),
+            Adapter::Reference => self.reference.as_ref(),
             Adapter::Off => None,
         }
     }

@@ -98,7 +98,7 @@ impl Tiny {
 
 /// Adapters of rank 2 on every module, `B` not zero.
 fn adapters(decoder: &Decoder, dropout: f64) -> Adapters {
-    let config = LoraConfig { rank: 2, alpha: 3.0, rslora: false, dropout, targets: Targets::AllLinear };
+    let config = LoraConfig { rank: 2, alpha: 3.0, dropout, targets: Targets::AllLinear, ..LoraConfig::default() };
     let modules = decoder.config().modules();
     let mut adapters = adapter::new(&config, &modules, 1, decoder.dtype(), &Device::Cpu).expect("made");
     let random = |(seed, (_, tensor)): (usize, (String, &Tensor))| {
@@ -107,7 +107,7 @@ fn adapters(decoder: &Decoder, dropout: f64) -> Adapters {
         values.expect("made")
     };
     let tensors: Vec<_> = adapters.tensors().enumerate().map(random).collect();
-    adapters.replace(tensors);
+    adapters.replace(tensors).expect("replaced");
     adapters
 }
 
@@ -209,14 +209,14 @@ fn layers_below_the_lowest_adapter_are_left_out_of_the_backward_pass() -> Result
     let batch = pack(&pairs(&SHORT), SHARED);
     let all = adapters(&decoder, 0.0);
     let targets = Targets::Pattern(r"model\.layers\.1\..*".into());
-    let config = LoraConfig { rank: 2, alpha: 3.0, rslora: false, dropout: 0.0, targets };
+    let config = LoraConfig { rank: 2, alpha: 3.0, dropout: 0.0, targets, ..LoraConfig::default() };
     let mut upper = adapter::new(&config, &decoder.config().modules(), 1, DType::F64, &Device::Cpu).expect("made");
     let values: Vec<Tensor> = all.tensors().skip(14).map(|(_, tensor)| tensor.clone()).collect();
-    upper.replace(values.clone());
+    upper.replace(values.clone()).expect("replaced");
     // the same function: adapters below that are zero
     let mut zero_below = all.clone();
     let zeros = all.tensors().take(14).map(|(_, tensor)| tensor.zeros_like()).collect::<Result<Vec<_>>>()?;
-    zero_below.replace(zeros.into_iter().chain(values));
+    zero_below.replace(zeros.into_iter().chain(values)).expect("replaced");
     let expected = gradients(&decoder, &zero_below, &batch)?;
     all_close(&gradients(&decoder, &upper, &batch)?, &expected[14..], 1e-13)
 }
@@ -251,7 +251,7 @@ fn check_gradients(tiny: Tiny, layout: Layout, dropout: f64) -> Result<()> {
             let mut tensors = tensors.clone();
             tensors[i] = moved.clone();
             let mut adapters = adapters.clone();
-            adapters.replace(tensors);
+            adapters.replace(tensors).expect("replaced");
             let scores = forward(&decoder, &adapters, &batch)?.scores;
             Tensor::new(weighted(&scores, &slopes), &Device::Cpu)
         })?;
@@ -408,7 +408,7 @@ fn a_cache_changes_nothing() -> Result<()> {
 fn an_answer_ends_at_the_models_longest_position() -> Result<()> {
     let decoder = GROUPED.decoder(DType::F32);
     let adapters = adapters(&decoder, 0.0);
-    let model = Model::new(decoder, adapters);
+    let model = Model::new(decoder, adapters)?;
     let stop = Stop { tokens: &[], max_new_tokens: 50 };
     for (prompt, expected) in [(250, 6), (256, 0), (300, 0)] {
         let answer = model.generate(&pairs(&[(prompt, 1, 1)])[0].prompt, Adapter::On, &stop)?;
@@ -422,7 +422,8 @@ fn an_answer_ends_at_the_models_longest_position() -> Result<()> {
 fn with_b_zero_the_policy_is_the_reference_bit_for_bit() -> Result<()> {
     for tiny in [GROUPED, TIED_WITH_BIAS] {
         let decoder = tiny.decoder(DType::F32);
-        let config = LoraConfig { rank: 2, alpha: 3.0, rslora: false, dropout: 0.0, targets: Targets::AllLinear };
+        let config =
+            LoraConfig { rank: 2, alpha: 3.0, dropout: 0.0, targets: Targets::AllLinear, ..LoraConfig::default() };
         let adapters = adapter::new(&config, &decoder.config().modules(), 1, DType::F32, &Device::Cpu).expect("made");
         let batch = pack(&pairs(&LONG), SHARED);
         let on = forward(&decoder, &adapters, &batch)?.scores;
@@ -447,7 +448,7 @@ fn a_token_outside_the_vocabulary_is_an_error() {
 fn a_trainable_tensor_without_a_gradient_is_named() {
     let decoder = GROUPED.decoder(DType::F32);
     let missing = Gradients::default().in_order(&adapters(&decoder, 0.0)).expect_err("none has one");
-    assert_eq!(missing, "model.layers.0.self_attn.q_proj");
+    assert!(missing.to_string().contains("`model.layers.0.self_attn.q_proj` got no gradient"), "{missing}");
 }
 
 /// A model of Llama's architecture with rows wide enough for blocks of 256, under Hugging Face's names.
@@ -565,7 +566,7 @@ fn a_quantized_base_has_the_gradients_of_its_dequantized_weights() {
 
         let results = [quantized, dense].map(|decoder| {
             let adapters = adapters(&decoder, 0.0);
-            let model = Model::new(decoder, adapters);
+            let model = Model::new(decoder, adapters).expect("made");
             let mut packer = Packer::default();
             packer.push(1, &[1, 2, 3, 4, 5], &[&[6, 7, 8, 9], &[10, 11, 12]], PromptSpan::No);
             packer.push(2, &[20, 21], &[&[22, 39, 0]], PromptSpan::No);

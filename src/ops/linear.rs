@@ -25,6 +25,24 @@ pub struct LowRank<'a> {
     pub scale: f64,
     /// Dropout on the update's input.
     pub dropout: Option<Dropout<'a>>,
+    /// DoRA: what the rows of `W + s B A` are brought to the length of. Not together with dropout.
+    pub magnitude: Option<Magnitude<'a>>,
+}
+
+/// Lengths of the rows of a matrix with its update: `y_j = length_j / norm_j · ((W + s B A) x)_j`. The norm is held
+/// constant in the gradient (Liu et al. 2024, <https://arxiv.org/abs/2402.09353>, section 4.3).
+#[derive(Debug, Clone, Copy)]
+pub struct Magnitude<'a> {
+    /// Trained, `[out]`.
+    pub length: &'a Tensor,
+    /// `‖W + s B A‖` of each row, `[out]`.
+    pub norm: &'a Tensor,
+}
+
+impl Magnitude<'_> {
+    fn factors(&self) -> Result<Tensor> {
+        self.length / self.norm
+    }
 }
 
 impl LowRank<'_> {
@@ -55,6 +73,8 @@ pub struct LowRankGradient {
     pub a: Tensor,
     /// `[out, R]`
     pub b: Tensor,
+    /// Of DoRA's lengths, `[out]`.
+    pub magnitude: Option<Tensor>,
 }
 
 /// The updates of some branches, stacked: `A` one below the other, `x Aᵀ` side by side.
@@ -145,6 +165,13 @@ type Update<'u> = (&'u LowRank<'u>, &'u Tensor, std::ops::Range<usize>);
 
 fn one(x: &Tensor, branch: &Branch<'_>, update: Option<Update<'_>>, residual: Option<&Tensor>) -> Result<Tensor> {
     let Branch { weight, bias, .. } = branch;
+    if let Some((Some(magnitude), update)) = update.as_ref().map(|update| (update.0.magnitude, update)) {
+        let mut y = bare(x, weight, update)?.broadcast_mul(&magnitude.factors()?)?;
+        if let Some(bias) = bias {
+            y = y.broadcast_add(bias)?;
+        }
+        return residual.map_or(Ok(y.clone()), |residual| residual + y);
+    }
     if has_kernel(x) {
         return for_real!(x, T => {
             let (x, width) = (mat::<T>(x)?, weight.dims()?.0);
@@ -181,6 +208,29 @@ fn one(x: &Tensor, branch: &Branch<'_>, update: Option<Update<'_>>, residual: Op
     residual.map_or(Ok(y.clone()), |residual| residual + y)
 }
 
+/// `(W + s B A) x`
+fn bare(x: &Tensor, weight: &Weight, (update, inner, columns): &Update<'_>) -> Result<Tensor> {
+    let plain = LowRank { magnitude: None, ..**update };
+    one(x, &Branch { weight, bias: None, update: None }, Some((&plain, inner, columns.clone())), None)
+}
+
+/// `x Wᵀ [T, out]`
+///
+/// # Errors
+/// What candle returns for wrong shapes or types.
+pub fn apply(x: &Tensor, weight: &Weight) -> Result<Tensor> {
+    one(x, &Branch { weight, bias: None, update: None }, None, None)
+}
+
+/// The gradient of what the matrices with their updates gave, before DoRA brought it to its lengths.
+fn before_lengths<const N: usize>(dy: [&Tensor; N], branches: &[Branch<'_>; N]) -> Result<[Tensor; N]> {
+    let scaled = |(dy, branch): (&Tensor, &Branch<'_>)| match branch.update.and_then(|update| update.magnitude) {
+        Some(magnitude) => dy.broadcast_mul(&magnitude.factors()?),
+        None => Ok(dy.clone()),
+    };
+    array(dy.into_iter().zip(branches).map(scaled).collect::<Result<Vec<_>>>()?)
+}
+
 /// The gradient of `x` if it is `wanted`, summed over the branches, and of each update. `inner` is what [`forward`] gave
 /// (computed again where it was not kept), `x` its input, before dropout.
 ///
@@ -205,6 +255,8 @@ pub fn backward<const N: usize>(
 /// What candle returns for wrong shapes or types.
 pub fn between<const N: usize>(dy: [&Tensor; N], branches: &[Branch<'_>; N]) -> Result<Option<Tensor>> {
     let Some(stack) = Stack::of(branches)? else { return Ok(None) };
+    let dy = before_lengths(dy, branches)?;
+    let dy = dy.each_ref();
     if dy.iter().all(|dy| has_kernel(dy)) {
         return for_real!(dy[0], T => {
             let (rows, rank) = (dims2(dy[0])?.0, stack.rank());
@@ -231,6 +283,8 @@ pub fn input_gradient<const N: usize>(
     g: Option<&Tensor>,
 ) -> Result<Tensor> {
     let stack = Stack::of(branches)?.zip(g);
+    let dy = before_lengths(dy, branches)?;
+    let dy = dy.each_ref();
     let update = match &stack {
         Some((stack, g)) if !stack.has_dropout() => Some((*g, stack.a()?)),
         _ => None,
@@ -261,6 +315,16 @@ pub fn update_gradients<const N: usize>(
     let mut gradients = [const { None }; N];
     let Some((stack, g)) = Stack::of(branches)?.zip(g) else { return Ok(gradients) };
     let inner = inner.map_or_else(|| stack.inner(x), |inner| Ok(inner.clone()))?;
+    let mut lengths = [const { None }; N];
+    for (i, update, columns) in stack.with_columns() {
+        if let Some(Magnitude { norm, .. }) = update.magnitude {
+            // computed again rather than kept: one product more for each matrix that has lengths
+            let bare = bare(x, branches[i].weight, &(update, &inner, columns))?;
+            lengths[i] = Some(((dy[i] * bare)?.sum(0)? / norm)?);
+        }
+    }
+    let dy = before_lengths(dy, branches)?;
+    let dy = dy.each_ref();
     if has_kernel(x) && !stack.has_dropout() {
         for_real!(x, T => {
             let (x, g, inner) = (mat::<T>(x)?, mat::<T>(g)?, mat::<T>(&inner)?);
@@ -271,7 +335,8 @@ pub fn update_gradients<const N: usize>(
                 let inner = inner.columns(columns.clone());
                 gemm(&mut b, shape.1, Onto::Nothing, update.scale, dy.get().t(), inner, Threads::All);
                 let a = da[columns.start * x.columns..columns.end * x.columns].to_vec();
-                gradients[i] = Some(LowRankGradient { a: tensor(a, update.a.shape())?, b: tensor(b, shape)? });
+                let (a, b) = (tensor(a, update.a.shape())?, tensor(b, shape)?);
+                gradients[i] = Some(LowRankGradient { a, b, magnitude: lengths[i].take() });
             }
         });
         return Ok(gradients);
@@ -280,7 +345,7 @@ pub fn update_gradients<const N: usize>(
         let part = |of: &Tensor| of.narrow(1, columns.start, columns.len());
         let a = part(g)?.t()?.matmul(&update.input(x)?)?;
         let b = (dy[i].t()?.matmul(&part(&inner)?)? * update.scale)?;
-        gradients[i] = Some(LowRankGradient { a, b });
+        gradients[i] = Some(LowRankGradient { a, b, magnitude: lengths[i].take() });
     }
     Ok(gradients)
 }
@@ -387,6 +452,8 @@ mod tests {
         b: [Tensor; 2],
         dy: [Tensor; 3],
         dropout: Option<Dropout<'static>>,
+        /// Of the first update: DoRA's lengths, and norms that are held constant.
+        lengths: Option<[Tensor; 2]>,
     }
 
     fn case(dropout: Option<Dropout<'static>>, bias: bool) -> Result<Case> {
@@ -399,13 +466,17 @@ mod tests {
             b: [normal(5, (7, 2))?, normal(15, (7, 3))?],
             dy: [normal(6, (6, 7))?, normal(16, (6, 7))?, normal(26, (6, 7))?],
             dropout,
+            lengths: None,
         })
     }
 
     impl Case {
         fn branches(&self) -> [Branch<'_>; 3] {
-            let update =
-                |i: usize, scale| Some(LowRank { a: &self.a[i], b: &self.b[i], scale, dropout: self.dropout });
+            let update = |i: usize, scale| {
+                let lengths = self.lengths.as_ref().filter(|_| i == 0);
+                let magnitude = lengths.map(|[length, norm]| Magnitude { length, norm });
+                Some(LowRank { a: &self.a[i], b: &self.b[i], scale, dropout: self.dropout, magnitude })
+            };
             let branch = |i: usize, update| Branch { weight: &self.weights[i], bias: self.bias.as_ref(), update };
             [branch(0, update(0, 1.7)), branch(1, None), branch(2, update(1, -0.6))]
         }
@@ -421,13 +492,26 @@ mod tests {
             let dy = [&self.dy[0], &self.dy[1], &self.dy[2]];
             let (dx, gradients) = backward(dy, &self.branches(), &self.x, inner.as_ref(), true)?;
             assert!(gradients[1].is_none());
-            let gradients = gradients.into_iter().flatten().flat_map(|LowRankGradient { a, b }| [a, b]);
-            Ok((dx.expect("it was wanted"), gradients.collect()))
+            let gradients = gradients
+                .into_iter()
+                .flatten()
+                .flat_map(|LowRankGradient { a, b, magnitude }| [Some(a), Some(b), magnitude]);
+            // those of the lengths last
+            let mut gradients: Vec<_> = gradients.flatten().collect();
+            if self.lengths.is_some() {
+                let lengths = gradients.remove(2);
+                gradients.push(lengths);
+            }
+            Ok((dx.expect("it was wanted"), gradients))
         }
     }
 
-    fn check_gradients(dropout: Option<Dropout<'static>>, bias: bool) -> Result<()> {
-        let case = || case(dropout, bias);
+    fn lengths(case: Case) -> Result<Case> {
+        Ok(Case { lengths: Some([normal(31, 7)?, (normal(32, 7)?.abs()? + 0.5)?]), ..case })
+    }
+
+    fn check_gradients(dropout: Option<Dropout<'static>>, bias: bool, dora: bool) -> Result<()> {
+        let case = || if dora { lengths(case(dropout, bias)?) } else { case(dropout, bias) };
         let (dx, gradients) = case()?.backward()?;
         finite_difference(&case()?.x, &dx, |x| Case { x: x.clone(), ..case()? }.value())?;
         for i in 0..2 {
@@ -442,6 +526,11 @@ mod tests {
                 case.value()
             })?;
         }
+        if let Some([length, norm]) = case()?.lengths {
+            finite_difference(&length, &gradients[4], |length| {
+                Case { lengths: Some([length.clone(), norm.clone()]), ..case()? }.value()
+            })?;
+        }
         Ok(())
     }
 
@@ -449,14 +538,21 @@ mod tests {
 
     #[test]
     fn backward_agrees_with_finite_differences() -> Result<()> {
-        check_gradients(None, false)?;
-        check_gradients(None, true)?;
-        composed(|| check_gradients(None, true))
+        check_gradients(None, false, false)?;
+        check_gradients(None, true, false)?;
+        composed(|| check_gradients(None, true, false))
+    }
+
+    #[test]
+    fn backward_of_lengths_agrees_with_finite_differences() -> Result<()> {
+        check_gradients(None, false, true)?;
+        check_gradients(None, true, true)?;
+        composed(|| check_gradients(None, true, true))
     }
 
     #[test]
     fn backward_agrees_with_finite_differences_under_dropout() -> Result<()> {
-        check_gradients(Some(DROPOUT), false)
+        check_gradients(Some(DROPOUT), false, false)
     }
 
     #[test]
@@ -481,7 +577,7 @@ mod tests {
     #[test]
     fn merged_equals_unmerged() -> Result<()> {
         let case = case(None, false)?;
-        let update = LowRank { a: &case.a[0], b: &case.b[0], scale: 2.5, dropout: None };
+        let update = LowRank { a: &case.a[0], b: &case.b[0], scale: 2.5, dropout: None, magnitude: None };
         let branch = Branch { weight: &case.weights[0], bias: None, update: Some(update) };
         let merged = (case.weights[0].dense(DType::F64)? + (case.b[0].matmul(&case.a[0])? * 2.5)?)?;
         let ([y], _) = forward(&case.x, &[branch], None)?;
@@ -490,8 +586,10 @@ mod tests {
 
     #[test]
     fn kernel_equals_composed_form() -> Result<()> {
-        for (dropout, bias) in [(None, false), (None, true), (Some(DROPOUT), true)] {
-            let case = case(dropout, bias)?;
+        for (dropout, bias, dora) in
+            [(None, false, false), (None, true, false), (Some(DROPOUT), true, false), (None, true, true)]
+        {
+            let case = if dora { lengths(case(dropout, bias)?)? } else { case(dropout, bias)? };
             let all = || {
                 let (plain, inner) = forward(&case.x, &case.branches(), None)?;
                 let (onto, _) = forward(&case.x, &case.branches(), Some(&case.residual))?;
@@ -513,7 +611,7 @@ mod tests {
         let with = |update| {
             Ok::<_, candle_core::Error>(forward(&x, &[Branch { weight: &weight, bias: None, update }], None)?.0)
         };
-        let [on] = with(Some(LowRank { a: &a, b: &b, scale: 2.0, dropout: None }))?;
+        let [on] = with(Some(LowRank { a: &a, b: &b, scale: 2.0, dropout: None, magnitude: None }))?;
         let [off] = with(None)?;
         assert_eq!(on.to_vec2::<f32>()?, off.to_vec2::<f32>()?);
         Ok(())

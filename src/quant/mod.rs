@@ -318,6 +318,25 @@ impl Weight {
         }
     }
 
+    /// The square of each row's length, as `dtype`. `[rows]`
+    ///
+    /// # Errors
+    /// What candle returns.
+    pub fn row_norms_squared(&self, dtype: DType) -> Result<Tensor> {
+        match self {
+            Self::Dense(tensor) => tensor.sqr()?.sum(1)?.to_dtype(dtype),
+            Self::Quantized(quantized) => {
+                let norm = |row| {
+                    let mut values = vec![0.0; quantized.columns];
+                    quantized.row(row, &mut values);
+                    values.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>()
+                };
+                let norms: Vec<f64> = (0..quantized.rows).into_par_iter().map(norm).collect();
+                Tensor::from_vec(norms, quantized.rows, &Device::Cpu)?.to_dtype(dtype)
+            }
+        }
+    }
+
     /// Some of its rows, one below the other, as `dtype`.
     ///
     /// # Errors

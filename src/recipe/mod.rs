@@ -15,11 +15,12 @@ pub use error::RecipeError;
 pub use parse::{Origin, Parsed, load, parse};
 pub use resolved::{Inputs, Memory, Resolved};
 
-use crate::adapter::AdapterConfig;
+use crate::adapter::{AdapterConfig, peft};
 use crate::data::DataConfig;
 use crate::loss::Loss;
 use crate::model::{ModelConfig, Source};
 use crate::range::{Count, Share};
+use crate::train::reference::ReferenceModel;
 use crate::train::{EvalConfig, ReferenceConfig, TrainConfig};
 
 /// A whole recipe.
@@ -113,21 +114,64 @@ impl Recipe {
             let help = "a prompt needs room for its completion: lower max_prompt_length or raise max_length";
             add("data.max_prompt_length", "`max_prompt_length` is not below `max_length`", help);
         }
-        if self.adapter.init.is_some() {
-            let AdapterConfig { rank, alpha, rslora, targets, dropout: _, init: _ } = &self.adapter;
-            let brought: [(&'static str, bool); 4] = [
+        if self.adapter.continues() {
+            let AdapterConfig {
+                rank,
+                alpha,
+                rslora,
+                targets,
+                rank_pattern,
+                alpha_pattern,
+                dora,
+                layers,
+                init_weights,
+                dropout: _,
+                init: _,
+                init_mode: _,
+            } = &self.adapter;
+            let brought: [(&'static str, bool); 9] = [
                 ("adapter.rank", rank.is_some()),
                 ("adapter.alpha", alpha.is_some()),
+                ("adapter.rank_pattern", rank_pattern.is_some()),
+                ("adapter.alpha_pattern", alpha_pattern.is_some()),
                 ("adapter.rslora", rslora.is_some()),
+                ("adapter.dora", dora.is_some()),
                 ("adapter.targets", targets.is_some()),
+                ("adapter.layers", layers.is_some()),
+                ("adapter.init_weights", init_weights.is_some()),
             ];
             for (key, _) in brought.into_iter().filter(|(_, given)| *given) {
                 let problem = format!("`{key}` is given, and `adapter.init` brings its own");
-                add(key, &problem, "remove it: an adapter to start from has its rank, alpha, rslora and targets");
+                let help = "remove it: an adapter to go on with has its rank, alpha and targets; or set init_mode = \"stack\" \
+                            to train a new one on top of it";
+                add(key, &problem, help);
             }
+        }
+        if self.adapter.init.is_none() {
+            let of_init = [
+                ("adapter.init_mode", self.adapter.init_mode.is_some()),
+                ("reference.model", self.reference.model == Some(ReferenceModel::Init)),
+            ];
+            for (key, _) in of_init.into_iter().filter(|(_, given)| *given) {
+                add(
+                    key,
+                    &format!("`{key}` speaks of `adapter.init`, and none is given"),
+                    "add `init = \"ADAPTER\"` to [adapter]",
+                );
+            }
+        }
+        if self.adapter.dora == Some(true) && self.adapter.dropout.is_some_and(|dropout| dropout.get() > 0.0) {
+            add("adapter.dropout", "`dropout` is given, and `dora`", peft::DORA_WITH_DROPOUT);
         }
         found.extend(self.sharing_under(self.adapter.dropout.map_or(0.0, Share::get)));
         found
+    }
+
+    /// What the policy is compared with.
+    #[must_use]
+    pub fn reference_model(&self) -> ReferenceModel {
+        let default = if self.adapter.init.is_some() { ReferenceModel::Init } else { ReferenceModel::Base };
+        self.reference.model.unwrap_or(default)
     }
 
     /// The contradiction of shared prompts and an adapter with `dropout`, which `adapter.init` may have brought.

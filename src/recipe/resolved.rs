@@ -33,8 +33,8 @@ pub struct Inputs<'a> {
     pub decoder: &'a DecoderConfig,
     /// The adapter, from the recipe or from `init`.
     pub lora: &'a LoraConfig,
-    /// Which of the base's modules carry it.
-    pub adapted: &'a [bool],
+    /// The rank of all that stands on each of the base's modules, 0 where there is nothing.
+    pub ranks: &'a [usize],
     /// The training data.
     pub train: &'a Dataset,
     /// The held-out data.
@@ -162,7 +162,7 @@ impl Resolved {
             let reason = format!("with dropout {dropout} each completion of a prompt needs a mask of its own on it");
             reasons.push(("train.share_prompts", reason));
         }
-        let shape = Shape::new(inputs.decoder, inputs.lora.rank, inputs.adapted);
+        let shape = Shape::new(inputs.decoder, inputs.ranks);
         let (train, eval, tokenizer) = (inputs.train, inputs.eval, inputs.tokenizer);
         let demand = Demand::of(shape, train, eval, &recipe.loss, share_prompts, batch_size, tokenizer);
         let share = |free: usize| (free as f64 * SHARE_OF_FREE) as usize;
@@ -191,19 +191,31 @@ impl Resolved {
             recipe.eval.every = Some(Count::constant((steps / 4).max(1)));
             reasons.push(("eval.every", "a quarter of the run".to_owned()));
         }
-        let LoraConfig { rank, alpha, rslora, dropout, targets } = inputs.lora;
-        recipe.adapter.dropout = crate::range::Share::try_from(*dropout).ok();
-        if recipe.adapter.init.is_none() {
-            if recipe.adapter.alpha.is_none() {
-                reasons.push(("adapter.alpha", "twice the rank".to_owned()));
-            }
-            recipe.adapter.rank = Some(Count::constant(*rank));
-            recipe.adapter.alpha = Some(Positive::constant(*alpha));
-            recipe.adapter.rslora = Some(*rslora);
-            recipe.adapter.targets = Some(targets.clone());
-        } else {
+        let LoraConfig { rank, alpha, rslora, dora, dropout, targets, weights, .. } = inputs.lora;
+        let adapter = &mut recipe.adapter;
+        adapter.dropout = crate::range::Share::try_from(*dropout).ok();
+        if adapter.continues() {
             let scale = if *rslora { ", rslora" } else { "" };
             reasons.push(("adapter.init", format!("brings rank {rank}, alpha {alpha}{scale}")));
+        } else {
+            if adapter.alpha.is_none() {
+                reasons.push(("adapter.alpha", "twice the rank".to_owned()));
+            }
+            adapter.rank = Some(Count::constant(*rank));
+            adapter.alpha = Some(Positive::constant(*alpha));
+            adapter.rslora = Some(*rslora);
+            adapter.dora = Some(*dora);
+            adapter.targets = Some(targets.clone());
+            adapter.init_weights = Some(*weights);
+        }
+        if adapter.init.is_some() {
+            adapter.init_mode.get_or_insert_default();
+        }
+        if recipe.reference.model.is_none() {
+            recipe.reference.model = Some(recipe.reference_model());
+            if recipe.adapter.init.is_some() {
+                reasons.push(("reference.model", "training begins from `adapter.init`".to_owned()));
+            }
         }
         let train = &recipe.train;
         let plan = Plan {
@@ -216,6 +228,7 @@ impl Resolved {
             share_prompts,
             learning_rate: train.learning_rate.get(),
             schedule: train.schedule,
+            loraplus_ratio: train.loraplus_ratio.get(),
             weight_decay: train.weight_decay.get(),
             max_grad_norm: train.max_grad_norm.get(),
             shuffle: train.shuffle,

@@ -127,7 +127,7 @@ fn resolve(parsed: &Parsed, free: Option<usize>, dropout: f64) -> Result<Resolve
             commit: None,
             decoder: &decoder,
             lora: &lora,
-            adapted: &[true; 14],
+            ranks: &[8; 14],
             train: &train,
             eval: None,
             tokenizer: 1 << 20,
@@ -177,7 +177,8 @@ fn the_page_on_recipes_has_every_key() {
     let everything = r#"
         run = { out = "o", checkpoint_every = 1 }
         model = { source = "m" }
-        adapter = { rank = 1, alpha = 1, rslora = true, dropout = 0, targets = "all-linear", init = "i" }
+        adapter = { rank = 1, alpha = 1, rslora = true, dora = true, dropout = 0, targets = "all-linear", init = "i",
+            init_mode = "stack", init_weights = "pissa", layers = [0], rank_pattern = {}, alpha_pattern = {} }
         data = { train = "t", eval = "e", max_prompt_length = 1, chat_template = "c", columns = { prompt = "p" } }
         loss = { dpo = {} }
         train = { epochs = 1, steps = 1, memory = "1GiB", micro_batch_tokens = 1, share_prompts = true }

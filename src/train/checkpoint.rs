@@ -24,7 +24,6 @@ use super::trainer::{Progress, Trainer};
 use crate::adapter::{AdapterError, Adapters, peft};
 use crate::data::Dataset;
 use crate::files::{self, WriteError};
-use crate::model::Module;
 use crate::tensor_file::{TensorFile, TensorFileError, describe_io, read_text};
 
 const OPTIMIZER: &str = "optimizer.safetensors";
@@ -56,6 +55,9 @@ pub struct Fingerprints {
     pub data: String,
     /// Of the base's weights.
     pub base: String,
+    /// Of the adapter that training begins from, where one was given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init: Option<String>,
 }
 
 impl State {
@@ -164,13 +166,13 @@ pub fn save(
     Ok(())
 }
 
-/// Reads what [`save`] wrote.
+/// Reads what [`save`] wrote of a run whose adapters were `initial` before the first update.
 ///
 /// # Errors
 /// See [`CheckpointError`].
 pub fn load(
     folder: &Path,
-    modules: &[Module],
+    initial: &Adapters,
     data: &Dataset,
     now: &Fingerprints,
 ) -> Result<(State, Adapters, Progress), CheckpointError> {
@@ -181,12 +183,18 @@ pub fn load(
         return Err(problem(format!("is of version {}, not {VERSION}", state.version)));
     }
     let then = &state.fingerprints;
-    for (what, changed) in [("the data", then.data != now.data), ("the base model", then.base != now.base)] {
+    let of = [
+        ("the data", then.data != now.data),
+        ("the base model", then.base != now.base),
+        ("the adapter of [adapter] init", then.init != now.init),
+    ];
+    for (what, changed) in of {
         if changed {
             return Err(CheckpointError::Changed { folder: folder.to_owned(), what });
         }
     }
-    let adapters = peft::load(folder, modules, DType::F32)?;
+    let mut adapters = initial.clone();
+    adapters.replace(peft::load_trainable(folder, initial)?)?;
     let tensors = TensorFile::open(&folder.join(OPTIMIZER))?;
     let moments = adapters.tensors().map(|(name, tensor)| {
         let read = |moment| tensors.read(&format!("{name}.{moment}"), tensor.dims(), DType::F32);

@@ -32,6 +32,8 @@ pub struct TrainConfig {
     pub share_prompts: Option<bool>,
     /// The highest learning rate.
     pub learning_rate: Positive,
+    /// How many times higher the learning rate of `B` is than that of `A` (LoRA+).
+    pub loraplus_ratio: Positive,
     /// How it goes on after the warm-up.
     pub schedule: Schedule,
     /// A share of the updates, or a number of them.
@@ -56,6 +58,7 @@ impl Default for TrainConfig {
             micro_batch_tokens: None,
             share_prompts: None,
             learning_rate: Positive::constant(1e-5),
+            loraplus_ratio: Positive::constant(1.0),
             schedule: Schedule::default(),
             warmup: Warmup::Share(0.1),
             weight_decay: NonNegative::constant(0.0),

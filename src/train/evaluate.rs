@@ -62,8 +62,8 @@ impl<'d> Evaluation<'d> {
             Examples::Pairs | Examples::Demonstrations => self.items.len(),
         };
         let update = Update { examples, nll_tokens: nll_tokens(&self.items, loss), kl };
-        // a zero adapter adds exact zeros: the policy's scores are the reference's
-        let zero = model.adapters().is_zero()?;
+        // the same numbers, need not be computed twice
+        let same = model.is_reference()?;
         let mut tally = Tally::default();
         let (mut k2, mut tokens) = (0.0, 0);
         for (number, batch) in self.batches.iter().enumerate() {
@@ -71,9 +71,9 @@ impl<'d> Evaluation<'d> {
             let (packed, parts) = (self.layout.pack(&items), self.layout.parts(&items));
             let scores = model.forward(&packed, Adapter::On, Keep::Scores)?.scores;
             if self.reference.len() == number {
-                let reference = match zero {
+                let reference = match same {
                     true => &scores,
-                    false => &model.forward(&packed, Adapter::Off, Keep::Scores)?.scores,
+                    false => &model.forward(&packed, Adapter::Reference, Keep::Scores)?.scores,
                 };
                 self.reference.push(reference.iter().map(|score| score.logp).collect());
             }

@@ -53,32 +53,41 @@ impl AdamW {
         &self.moments
     }
 
-    /// Updates the trainable tensors by their gradients, which are in the order of [`Adapters::tensors`].
+    /// The trainable tensors after an update by their gradients, which are in the order of [`Adapters::tensors`].
+    ///
+    /// The learning rate of all but `A` is `loraplus_ratio` times as high (LoRA+, Hayou et al. 2024,
+    /// <https://arxiv.org/abs/2402.12354>).
     ///
     /// # Errors
     /// What candle returns.
-    pub fn step(
-        &mut self,
-        adapters: &mut Adapters,
-        gradients: &[Tensor],
-        learning_rate: f64,
-        weight_decay: f64,
-    ) -> Result<()> {
+    pub fn step(&mut self, adapters: &Adapters, gradients: &[Tensor], rate: Rate) -> Result<Vec<Tensor>> {
         self.steps += 1;
         let steps = f64::from(self.steps);
-        let size = learning_rate / (1.0 - BETA1.powf(steps));
         let correction = (1.0 - BETA2.powf(steps)).sqrt();
         let mut updated = Vec::with_capacity(gradients.len());
-        for (((_, tensor), gradient), moments) in adapters.tensors().zip(gradients).zip(&mut self.moments) {
+        for (((name, tensor), gradient), moments) in adapters.tensors().zip(gradients).zip(&mut self.moments) {
             moments.first = ((&moments.first * BETA1)? + (gradient * (1.0 - BETA1))?)?;
             moments.second = ((&moments.second * BETA2)? + (gradient.sqr()? * (1.0 - BETA2))?)?;
+            let learning_rate =
+                rate.learning_rate * if name.ends_with(".lora_A") { 1.0 } else { rate.loraplus_ratio };
+            let size = learning_rate / (1.0 - BETA1.powf(steps));
             let denominator = ((moments.second.sqrt()? / correction)? + EPSILON)?;
-            let decayed = (tensor * (1.0 - learning_rate * weight_decay))?;
+            let decayed = (tensor * (1.0 - learning_rate * rate.weight_decay))?;
             updated.push((decayed - ((&moments.first / denominator)? * size)?)?);
         }
-        adapters.replace(updated);
-        Ok(())
+        Ok(updated)
     }
+}
+
+/// How far an update goes.
+#[derive(Debug, Clone, Copy)]
+pub struct Rate {
+    /// Of `A`, and of all where the ratio is 1.
+    pub learning_rate: f64,
+    /// How many times higher that of `B` is, and of DoRA's lengths.
+    pub loraplus_ratio: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
 }
 
 /// Scales all gradients together so that their common L2 norm is at most `max_norm`, and returns the norm before.

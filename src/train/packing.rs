@@ -121,6 +121,7 @@ mod tests {
             saved: Vec::new(),
             share_prompts,
             learning_rate: 1e-3,
+            loraplus_ratio: 1.0,
             schedule: Schedule::Constant,
             weight_decay: 0.0,
             max_grad_norm: 0.0,

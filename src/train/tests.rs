@@ -31,7 +31,7 @@ fn loss(name: &str) -> Loss {
 fn model(dropout: f64) -> Model {
     let folder = std::path::Path::new("tests/fixtures/golden/gqa");
     let config = family::read_config(folder).expect("a config");
-    let lora = LoraConfig { rank: 2, alpha: 4.0, rslora: false, dropout, targets: Targets::AllLinear };
+    let lora = LoraConfig { rank: 2, alpha: 4.0, dropout, targets: Targets::AllLinear, ..LoraConfig::default() };
     let mut adapters = adapter::new(&lora, &config.modules(), 1, DType::F64, &Device::Cpu).expect("made");
     let decoder = WeightFiles::open(folder).expect("opened").decoder(config, DType::F64, &Console::silent());
     let shifted: Vec<Tensor> = adapters
@@ -43,8 +43,8 @@ fn model(dropout: f64) -> Model {
             (tensor + Tensor::from_vec(wave, tensor.dims(), &Device::Cpu).expect("made")).expect("added")
         })
         .collect();
-    adapters.replace(shifted);
-    Model::new(decoder.expect("read"), adapters)
+    adapters.replace(shifted).expect("replaced");
+    Model::new(decoder.expect("read"), adapters).expect("made")
 }
 
 /// Prompts that return, prompts and completions of one token, completions that begin alike.
@@ -83,6 +83,7 @@ fn plan(batch_size: usize, micro_batch_tokens: usize) -> Plan {
         saved: vec![Saved::All; 2],
         share_prompts: true,
         learning_rate: 1e-2,
+        loraplus_ratio: 1.0,
         schedule: Schedule::Constant,
         weight_decay: 0.0,
         max_grad_norm: 1.0,
@@ -233,7 +234,7 @@ fn a_loss_that_is_not_finite_names_its_row() {
     let mut broken = model(0.0);
     let tensors: Vec<Tensor> =
         broken.adapters().tensors().map(|(_, tensor)| (tensor * f64::NAN).expect("broken")).collect();
-    broken.adapters_mut().replace(tensors);
+    broken.replace(tensors).expect("replaced");
     let mut trainer = Trainer::new(broken, loss, &data, plan(1, 100)).expect("a trainer");
     let error = trainer.update().expect_err("not finite");
     assert!(error.to_string().contains("update 1: the loss of pairs.jsonl row"), "{error}");
@@ -244,10 +245,10 @@ fn a_loss_that_is_not_finite_names_its_row() {
 fn fresh() -> Model {
     let folder = std::path::Path::new("recipes/quickstart/model");
     let config = family::read_config(folder).expect("a config");
-    let lora = LoraConfig { rank: 2, alpha: 4.0, rslora: false, dropout: 0.0, targets: Targets::AllLinear };
+    let lora = LoraConfig { rank: 2, alpha: 4.0, dropout: 0.0, targets: Targets::AllLinear, ..LoraConfig::default() };
     let adapters = adapter::new(&lora, &config.modules(), 1, DType::F32, &Device::Cpu).expect("made");
     let decoder = WeightFiles::open(folder).expect("opened").decoder(config, DType::F32, &Console::silent());
-    Model::new(decoder.expect("read"), adapters)
+    Model::new(decoder.expect("read"), adapters).expect("made")
 }
 
 /// Rounding is all that another packing changes, and the check at the start of a run allows for it: single completions,

@@ -9,9 +9,9 @@ use super::Schedule;
 use super::batch::{Item, Layout, Part};
 use super::evaluate::Evaluation;
 use super::metrics::{Metrics, Sums, Tally};
-use super::optimizer::{self, AdamW};
+use super::optimizer::{self, AdamW, Rate};
 use super::reference::{self, Reference};
-use crate::adapter::Gradients;
+use crate::adapter::{AdapterError, Gradients};
 use crate::data::Dataset;
 use crate::loss::{Loss, Scored, Sequence, Slopes, Update};
 use crate::model::memory::Saved;
@@ -40,6 +40,8 @@ pub struct Plan {
     pub learning_rate: f64,
     /// How it goes on after the warm-up.
     pub schedule: Schedule,
+    /// How many times higher the learning rate of `B` is than that of `A`.
+    pub loraplus_ratio: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
     /// The most the gradients' common norm may be; 0 leaves them.
@@ -76,12 +78,10 @@ pub enum TrainError {
         /// The tensor's name.
         tensor: String,
     },
-    /// A trainable tensor got no gradient.
-    #[error("the adapter of `{module}` got no gradient: it would never train")]
-    NoGradient {
-        /// The module.
-        module: String,
-    },
+    /// From the adapters.
+    #[error(transparent)]
+    #[diagnostic(transparent)]
+    Adapter(#[from] AdapterError),
     /// The policy is not the reference where it has to be.
     #[error("the adapter is still zero, so the first {what} has to be {expected:.9}, but it is {found:.9}")]
     #[diagnostic(help(
@@ -285,7 +285,7 @@ impl<'d> Trainer<'d> {
         let budget = self.plan.micro_batch_tokens;
         let kl = if self.loss.needs_kl() { mismatched_kl(&self.model, &items, layout, budget)? } else { 0.0 };
         let update = Update { examples: items.len(), nll_tokens: nll_tokens(&items, &self.loss), kl };
-        let first = self.step == 0 && self.model.adapters().is_zero()?;
+        let first = self.step == 0 && self.model.is_reference()?;
 
         let mut gradients = Gradients::default();
         let mut tally = Tally::default();
@@ -328,8 +328,7 @@ impl<'d> Trainer<'d> {
             }
         }
 
-        let mut gradients =
-            gradients.in_order(self.model.adapters()).map_err(|module| TrainError::NoGradient { module })?;
+        let mut gradients = gradients.in_order(self.model.adapters())?;
         let grad_norm = match self.plan.max_grad_norm {
             0.0 => optimizer::norm(&gradients)?,
             max_norm => optimizer::clip(&mut gradients, max_norm)?,
@@ -339,7 +338,10 @@ impl<'d> Trainer<'d> {
         }
         let factor = self.plan.schedule.factor(self.step, self.plan.warmup, self.plan.steps);
         let learning_rate = self.plan.learning_rate * factor;
-        self.optimizer.step(self.model.adapters_mut(), &gradients, learning_rate, self.plan.weight_decay)?;
+        let Plan { weight_decay, loraplus_ratio, .. } = self.plan;
+        let rate = Rate { learning_rate, loraplus_ratio, weight_decay };
+        let updated = self.optimizer.step(self.model.adapters(), &gradients, rate)?;
+        self.model.replace(updated)?;
         self.step = step;
         self.num_tokens += tokens as u64;
 
@@ -386,7 +388,7 @@ impl<'d> Trainer<'d> {
         parts: &[(usize, Part)],
         examples: &[usize],
     ) -> Result<(), TrainError> {
-        let scores = self.model.forward(packed, Adapter::Off, Keep::Scores)?.scores;
+        let scores = self.model.forward(packed, Adapter::Reference, Keep::Scores)?.scores;
         for (&(i, part), span) in parts.iter().zip(&packed.spans) {
             if self.reference.get(examples[i], part).is_none() {
                 let logp = Sums::of(&scores[span.clone()]).logp;
@@ -486,7 +488,7 @@ pub(super) fn mismatched_kl(
         let logps = |adapter| -> candle_core::Result<f64> {
             Ok(model.forward(&packed, adapter, Keep::Scores)?.scores.iter().map(|score| score.logp).sum())
         };
-        sum += logps(Adapter::On)? - logps(Adapter::Off)?;
+        sum += logps(Adapter::On)? - logps(Adapter::Reference)?;
     }
     Ok((sum / mismatched.len() as f64).max(0.0))
 }

@@ -4,7 +4,7 @@
 use std::env;
 use std::path::{Path, PathBuf};
 
-use candle_core::DType;
+use candle_core::{DType, Device};
 use jiff::Zoned;
 use miette::{Diagnostic, miette};
 use thiserror::Error;
@@ -17,13 +17,14 @@ use crate::cli;
 use crate::data::{Codec, Dataset};
 use crate::files;
 use crate::loss::Loss;
-use crate::model::Model;
+use crate::model::{Decoder, Model, Module};
 use crate::progress::{Console, short, thousands};
 use crate::quant::Quant;
 use crate::recipe::{self, Parsed, Resolved};
 use crate::run_folder::RunFolder;
-use crate::train::Progress;
 use crate::train::checkpoint::{self, Fingerprints, State};
+use crate::train::reference::ReferenceModel;
+use crate::train::{Progress, TrainError};
 
 /// A run folder and the recipe in it.
 #[derive(Debug)]
@@ -108,7 +109,12 @@ pub(super) fn prepare(arguments: &cli::Run, console: &Console) -> Result<Prepare
     };
     let (decoder, base) = base.load(decoder_config, console).map_err(request)?;
     console.fact("model", format_args!("{} parameters{kept}, {}", short(parameters), source.display()));
-    let fingerprints = Fingerprints { data: train.fingerprint().to_string(), base };
+    let initial = initial_adapters(&recipe.adapter, &lora, &modules, &decoder, recipe.train.seed, console)?;
+    let init = match &recipe.adapter.init {
+        Some(_) => Some(initial.fingerprint().map_err(request)?),
+        None => None,
+    };
+    let fingerprints = Fingerprints { data: train.fingerprint().to_string(), base, init };
 
     let (adapters, resumed, folder) = match resumed {
         Some(folder) => {
@@ -116,28 +122,28 @@ pub(super) fn prepare(arguments: &cli::Run, console: &Console) -> Result<Prepare
             match checkpoint::list(folder.path()).pop() {
                 Some(newest) => {
                     let (state, adapters, progress) =
-                        checkpoint::load(&newest, &modules, &train, &fingerprints).map_err(request)?;
+                        checkpoint::load(&newest, &initial, &train, &fingerprints).map_err(request)?;
                     console.fact("resume", format_args!("after update {}", state.step));
-                    (adapters.with_dropout(lora.dropout), Some((state, progress)), folder)
+                    (adapters, Some((state, progress)), folder)
                 }
                 None => {
                     console.fact("resume", "from the start: there is no checkpoint yet");
-                    (new_adapters(&recipe.adapter, &lora, &modules, recipe.train.seed)?, None, folder)
+                    (initial.clone(), None, folder)
                 }
             }
         }
         None => {
-            let adapters = new_adapters(&recipe.adapter, &lora, &modules, recipe.train.seed)?;
             let folder = RunFolder::create(&out).map_err(failed)?;
             write_recipes(&folder, &parsed, &resolved)?;
-            (adapters, None, folder)
+            (initial.clone(), None, folder)
         }
     };
     let trainable = adapters.num_parameters();
     console.fact(
         "adapter",
         format_args!(
-            "rank {}, alpha {}, on {} modules: {} trainable parameters, {:.1} % of the base",
+            "{}rank {}, alpha {}, on {} modules: {} trainable parameters, {:.1} % of the base",
+            if lora.dora { "DoRA, " } else { "" },
             lora.rank,
             lora.alpha,
             adapters.iter().count(),
@@ -145,6 +151,14 @@ pub(super) fn prepare(arguments: &cli::Run, console: &Console) -> Result<Prepare
             100.0 * trainable as f64 / parameters as f64
         ),
     );
+    if let Some(init) = &recipe.adapter.init {
+        let what = if recipe.adapter.continues() { "goes on with" } else { "stands on" };
+        let with = match recipe.reference_model() {
+            ReferenceModel::Init => "that adapter",
+            ReferenceModel::Base => "the base alone",
+        };
+        console.fact("", format_args!("{what} {}; the reference is {with}", init.display()));
+    }
     let plan = &resolved.plan;
     let beta = loss.beta().map_or(String::new(), |beta| format!(", beta {beta}"));
     console.fact("loss", format_args!("{}{beta}", loss.name()));
@@ -167,7 +181,10 @@ pub(super) fn prepare(arguments: &cli::Run, console: &Console) -> Result<Prepare
     );
     console.fact("run", folder.shown());
     let base_name = source.display().to_string();
-    let model = Model::new(decoder, adapters);
+    let mut model = Model::new(decoder, adapters).map_err(candle)?;
+    if recipe.reference_model() == ReferenceModel::Init {
+        model = model.with_reference(initial).map_err(candle)?;
+    }
     let run = Run { folder, resolved };
     Ok(Prepared { run, model, loss, codec, train, eval, base_name, fingerprints, expected_memory, resumed })
 }
@@ -204,17 +221,28 @@ fn keep_memory(parsed: &mut Parsed, folder: &RunFolder) -> Result<(), Failure> {
     Ok(())
 }
 
-fn new_adapters(
+fn candle(error: candle_core::Error) -> Failure {
+    failed(TrainError::from(error))
+}
+
+/// The adapters before the first update.
+fn initial_adapters(
     config: &AdapterConfig,
     lora: &LoraConfig,
-    modules: &[crate::model::Module],
+    modules: &[Module],
+    decoder: &Decoder,
     seed: u64,
+    console: &Console,
 ) -> Result<Adapters, Failure> {
-    let adapters = match &config.init {
-        Some(init) => peft::load(init, modules, DType::F32).map(|adapters| adapters.with_dropout(lora.dropout)),
-        None => adapter::new(lora, modules, seed, DType::F32, &candle_core::Device::Cpu),
+    let read = |init: &Path| peft::load(init, modules, DType::F32).map_err(request);
+    let new = || adapter::new(lora, modules, seed, DType::F32, &Device::Cpu).map_err(request);
+    let mut adapters = match &config.init {
+        Some(init) if config.continues() => return Ok(read(init)?.with_dropout(lora.dropout)),
+        Some(init) => new()?.stack(&read(init)?).map_err(request)?,
+        None => new()?,
     };
-    adapters.map_err(request)
+    adapters.fit(decoder, seed, console).map_err(failed)?;
+    Ok(adapters)
 }
 
 fn write_recipes(folder: &RunFolder, parsed: &Parsed, resolved: &Resolved) -> Result<(), Failure> {

@@ -73,7 +73,10 @@ pub(super) fn fill(
     let started = Instant::now();
     let budget = run.resolved.plan.scoring_tokens;
     let (config, shared) = (trainer.model().decoder().config(), trainer.plan().share_prompts);
-    let cache = ReferenceCache::new(&root, &fingerprints.base, config, train, shared);
+    // another adapter below it is another reference
+    let init = fingerprints.init.as_ref().filter(|_| trainer.model().has_reference_adapter());
+    let reference = init.map_or_else(|| fingerprints.base.clone(), |init| format!("{}+{init}", fingerprints.base));
+    let cache = ReferenceCache::new(&root, &reference, config, train, shared);
     let cached = believed(&cache, &asked, trainer, budget, console, train)?;
     trainer.reference_mut().take(&cached);
 

@@ -13,8 +13,21 @@ use crate::data::{Dataset, Example};
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ReferenceConfig {
+    /// Whether it is the base alone or the base with the adapter of `[adapter] init`. Default: the latter if there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<ReferenceModel>,
     /// Where its log-probs are kept between runs.
     pub cache: CachePlace,
+}
+
+/// What the policy is compared with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ReferenceModel {
+    /// The base with no adapter.
+    Base,
+    /// The base with the adapter that training begins from.
+    Init,
 }
 
 /// Where the reference's log-probs are kept.
