@@ -14,6 +14,7 @@ use crate::progress::thousands;
 use crate::range::{Count, Positive};
 use crate::train::Plan;
 use crate::train::memory::{Choice, Demand};
+use crate::train::reference::ReferenceModel;
 
 /// A run takes at most this share of the memory that is free, where the recipe sets none.
 const SHARE_OF_FREE: f64 = 0.75;
@@ -233,6 +234,7 @@ impl Resolved {
             max_grad_norm: train.max_grad_norm.get(),
             shuffle: train.shuffle,
             seed: train.seed,
+            begins_as_reference: recipe.adapter.init.is_none() || recipe.reference_model() == ReferenceModel::Init,
         };
         Ok(Self { recipe, plan, memory, reasons })
     }

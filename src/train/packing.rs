@@ -127,6 +127,7 @@ mod tests {
             max_grad_norm: 0.0,
             shuffle: false,
             seed: 0,
+            begins_as_reference: false,
         }
     }
 

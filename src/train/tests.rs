@@ -89,6 +89,7 @@ fn plan(batch_size: usize, micro_batch_tokens: usize) -> Plan {
         max_grad_norm: 1.0,
         shuffle: true,
         seed: 5,
+        begins_as_reference: false,
     }
 }
 

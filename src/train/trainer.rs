@@ -50,6 +50,8 @@ pub struct Plan {
     pub shuffle: bool,
     /// Seeds order and dropout.
     pub seed: u64,
+    /// Whether the policy is the reference before the first update.
+    pub begins_as_reference: bool,
 }
 
 /// Why an update failed.
@@ -83,7 +85,7 @@ pub enum TrainError {
     #[diagnostic(transparent)]
     Adapter(#[from] AdapterError),
     /// The policy is not the reference where it has to be.
-    #[error("the adapter is still zero, so the first {what} has to be {expected:.9}, but it is {found:.9}")]
+    #[error("the policy begins as the reference, so the first {what} has to be {expected:.9}, but it is {found:.9}")]
     #[diagnostic(help(
         "policy and reference disagree; if a run with [reference] cache = \"off\" starts, the cache is wrong: remove it; \
          else this is a defect of dpo-lora, please report it"
@@ -96,6 +98,12 @@ pub enum TrainError {
         /// The value computed.
         found: f64,
     },
+    /// An adapter was given, and the policy is the base.
+    #[error("the adapter that training begins from changes no log-prob of the first update")]
+    #[diagnostic(help(
+        "is it the adapter that was meant? One that is zero is the base itself: leave [adapter] init out"
+    ))]
+    NoChange,
     /// From candle.
     #[error("while computing")]
     Candle(#[from] candle_core::Error),
@@ -285,7 +293,7 @@ impl<'d> Trainer<'d> {
         let budget = self.plan.micro_batch_tokens;
         let kl = if self.loss.needs_kl() { mismatched_kl(&self.model, &items, layout, budget)? } else { 0.0 };
         let update = Update { examples: items.len(), nll_tokens: nll_tokens(&items, &self.loss), kl };
-        let first = self.step == 0 && self.model.is_reference()?;
+        let first = self.step == 0;
 
         let mut gradients = Gradients::default();
         let mut tally = Tally::default();
@@ -319,13 +327,8 @@ impl<'d> Trainer<'d> {
             }
         }
         let loss = tally.loss(update.examples);
-        if first && self.reference.is_precomputed() {
-            check_start(&at_start)?;
-        } else if first && let Some(expected) = self.loss.initial_value(&at_start) {
-            // a zero adapter adds exact zeros, so the two agree to the rounding of the sum over examples
-            if (loss - expected).abs() > 1e-9 * expected.abs().max(1.0) {
-                return Err(TrainError::Startup { what: "loss", expected, found: loss });
-            }
+        if first {
+            self.check_start(&at_start, loss)?;
         }
 
         let mut gradients = gradients.in_order(self.model.adapters())?;
@@ -402,6 +405,34 @@ impl<'d> Trainer<'d> {
         Ok(())
     }
 
+    /// Whether the reference is what the recipe says: what the policy begins as, or the base below an adapter.
+    fn check_start(&self, scored: &[Scored], loss: f64) -> Result<(), TrainError> {
+        let sides = || scored.iter().flat_map(|s| [s.chosen, s.rejected]).flatten();
+        let differs = |s: &Sequence| s.reference.is_some_and(|reference| !reference::agree(s.logp, reference));
+        if !(self.plan.begins_as_reference || self.model.is_reference()?) {
+            return match sides().any(|s| s.reference.is_some()) && !sides().any(|s| s.reference != Some(s.logp)) {
+                true => Err(TrainError::NoChange),
+                false => Ok(()),
+            };
+        }
+        // a zero adapter adds exact zeros, so the two agree to the rounding of the sum over examples; otherwise another
+        // packing, or an update that takes another back, rounds its own way
+        if self.model.is_reference()? && !self.reference.is_precomputed() {
+            return match self.loss.initial_value(scored) {
+                Some(expected) if (loss - expected).abs() > 1e-9 * expected.abs().max(1.0) => {
+                    Err(TrainError::Startup { what: "loss", expected, found: loss })
+                }
+                _ => Ok(()),
+            };
+        }
+        match sides().find(differs) {
+            Some(Sequence { logp, reference: Some(expected), .. }) => {
+                Err(TrainError::Startup { what: "log-prob", expected, found: logp })
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn gradient_not_finite(&self, step: usize, gradients: &[candle_core::Tensor]) -> candle_core::Result<TrainError> {
         for ((name, _), gradient) in self.model.adapters().tensors().zip(gradients) {
             if !optimizer::norm(std::slice::from_ref(gradient))?.is_finite() {
@@ -410,16 +441,6 @@ impl<'d> Trainer<'d> {
         }
         Ok(TrainError::GradientNotFinite { step, tensor: "all of them together".into() })
     }
-}
-
-/// A zero adapter makes the policy the reference, but for the rounding of another packing.
-fn check_start(scored: &[Scored]) -> Result<(), TrainError> {
-    for Sequence { logp, reference, .. } in scored.iter().flat_map(|s| [s.chosen, s.rejected]).flatten() {
-        if let Some(expected) = reference.filter(|&reference| !reference::agree(logp, reference)) {
-            return Err(TrainError::Startup { what: "log-prob", expected, found: logp });
-        }
-    }
-    Ok(())
 }
 
 /// What each of `examples` examples was scored to, from the sums of its spans.

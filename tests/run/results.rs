@@ -80,6 +80,63 @@ fn an_adapter_of_a_run_starts_another() {
     assert_eq!(place.adapter("first"), place.adapter("second"));
 }
 
+/// What a run goes on with, stands on, and is compared with: the first update tells.
+#[test]
+fn an_adapter_is_gone_on_with_or_stood_on_and_is_the_reference_or_not() {
+    let place = Place::new();
+    place.train("first", &["--set", "adapter.dora=true", "--set", "train.loraplus_ratio=4"]);
+    place.train("plain", &["--set", "adapter.layers=[0]", "--set", "adapter.rank_pattern={q_proj = 2}"]);
+    let stack = ["--set", "adapter.init_mode=\"stack\"", "--set", "run.checkpoint_every=1"];
+    let first_loss = |out: &str| place.metrics(out)[1]["loss"].as_f64().expect("a loss");
+    let ln_2 = |loss: f64| (loss - std::f64::consts::LN_2).abs() < 1e-6;
+    for (name, init, more) in [
+        ("stacked", "plain/adapter", &stack[..]),
+        (
+            "pissa",
+            "plain/adapter",
+            &["--set", "adapter.init_mode=\"stack\"", "--set", "adapter.init_weights=\"pissa\""],
+        ),
+    ] {
+        let set = format!("adapter.init={init:?}");
+        for (reference, same) in [("init", true), ("base", false)] {
+            let out = format!("{name}-{reference}");
+            let compared = format!("reference.model={reference:?}");
+            place.train(&out, &[&["--set", &set, "--set", &compared], more].concat());
+            assert_eq!(ln_2(first_loss(&out)), same, "{out}: {}", first_loss(&out));
+            let after: Value = serde_json::from_str(&place.read(&format!("{out}/summary.json"))).expect("JSON");
+            let margin = |when: &str| after[when]["rewards/margins"].as_f64();
+            assert!(margin("after") > margin("before"), "{out}: {after}");
+        }
+    }
+    // killed after an update and resumed, what it stands on is there again
+    let (whole, killed) = (place.path("stacked-init"), place.path("killed"));
+    std::fs::rename(&whole, &killed).expect("moved");
+    for folder in ["checkpoints/step-000006", "adapter"] {
+        std::fs::rename(killed.join(folder), place.path(folder.rsplit('/').next().expect("a name"))).expect("moved");
+    }
+    let output = place.run(&["run", "--resume", "killed"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let whole = std::fs::read(place.path("adapter/adapter_model.safetensors")).expect("there");
+    assert_eq!(place.adapter("killed"), whole);
+
+    place.write("recipe.toml", place.read("recipe.toml").replace("rank = 4\n", ""));
+    for (reference, same) in [("init", true), ("base", false)] {
+        let (out, compared) = (format!("on-{reference}"), format!("reference.model={reference:?}"));
+        place.train(&out, &["--set", "adapter.init=\"first/adapter\"", "--set", &compared]);
+        assert_eq!(ln_2(first_loss(&out)), same, "{out}: {}", first_loss(&out));
+    }
+    let refused = place.run(&[
+        "run",
+        "recipe.toml",
+        "--set",
+        "adapter.init=\"first/adapter\"",
+        "--set",
+        "adapter.init_mode=\"stack\"",
+    ]);
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(stderr(&refused).contains("nothing can be stacked on one"), "{}", stderr(&refused));
+}
+
 #[test]
 fn quiet_is_quiet() {
     let place = Place::new();
