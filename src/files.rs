@@ -1,12 +1,13 @@
 //! Writing that leaves either the old file or the new one, and never a half: under a temporary name, synced, renamed.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use miette::Diagnostic;
 use thiserror::Error;
 
+use crate::bytes;
 use crate::tensor_file::describe_io;
 
 /// A file or folder that could not be written.
@@ -39,18 +40,31 @@ fn temporary(path: &Path) -> PathBuf {
 /// # Errors
 /// The system's, with the path; the temporary file is removed.
 pub fn write(path: &Path, contents: &[u8]) -> Result<(), WriteError> {
+    write_with(path, |file| file.write_all(contents).map_err(cannot_write(path)))
+}
+
+/// Makes a file out of what `fill` writes, all of it or none. An existing file of that name is replaced.
+///
+/// # Errors
+/// The system's, with the path, or `fill`'s; the temporary file is removed.
+pub fn write_with<E: From<WriteError>>(
+    path: &Path,
+    fill: impl FnOnce(&mut BufWriter<File>) -> Result<(), E>,
+) -> Result<(), E> {
     let partial = temporary(path);
-    let written = File::create(&partial).and_then(|mut file| {
-        file.write_all(contents)?;
-        file.sync_all()
-    });
-    let renamed = written.and_then(|()| fs::rename(&partial, path));
-    if renamed.is_err() {
+    let made = (|| {
+        let mut file = BufWriter::new(File::create(&partial).map_err(cannot_write(path))?);
+        fill(&mut file)?;
+        let file = file.into_inner().map_err(|e| cannot_write(path)(e.into_error()))?;
+        file.sync_all().map_err(cannot_write(path))?;
+        fs::rename(&partial, path).map_err(cannot_write(path))?;
+        sync_parent(path);
+        Ok(())
+    })();
+    if made.is_err() {
         let _ = fs::remove_file(&partial);
     }
-    renamed.map_err(cannot_write(path))?;
-    sync_parent(path);
-    Ok(())
+    made
 }
 
 /// Makes a folder out of what `fill` writes into it, all of it or none. An existing folder of that name is replaced.
@@ -68,13 +82,17 @@ pub fn write_folder<E: From<WriteError>>(path: &Path, fill: impl FnOnce(&Path) -
         fs::create_dir_all(&partial).map_err(cannot_write(path))?;
         fill(&partial)?;
         sync_folder(&partial).map_err(cannot_write(path))?;
-        // a folder cannot be renamed onto a full one: the old one steps aside first
-        if path.exists() {
+        if !path.exists() {
+            fs::rename(&partial, path).map_err(cannot_write(path))?;
+        } else if exchange(&partial, path) {
+            let _ = fs::remove_dir_all(&partial);
+        } else {
+            // a folder cannot be renamed onto a full one: the old one steps aside first
             let _ = fs::remove_dir_all(&replaced);
             fs::rename(path, &replaced).map_err(cannot_write(path))?;
+            fs::rename(&partial, path).map_err(cannot_write(path))?;
+            let _ = fs::remove_dir_all(&replaced);
         }
-        fs::rename(&partial, path).map_err(cannot_write(path))?;
-        let _ = fs::remove_dir_all(&replaced);
         sync_parent(path);
         Ok(())
     })();
@@ -82,6 +100,60 @@ pub fn write_folder<E: From<WriteError>>(path: &Path, fill: impl FnOnce(&Path) -
         let _ = fs::remove_dir_all(&partial);
     }
     made
+}
+
+/// Gives two folders each other's name at once, where the system can: at no moment is there none.
+fn exchange(one: &Path, two: &Path) -> bool {
+    #[cfg(any(target_os = "linux", target_os = "macos"))]
+    {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        renameat_with(CWD, one, CWD, two, RenameFlags::EXCHANGE).is_ok()
+    }
+    #[cfg(not(any(target_os = "linux", target_os = "macos")))]
+    {
+        let _ = (one, two);
+        false
+    }
+}
+
+/// What is to be written takes more than the disk has.
+#[derive(Debug, Error, Diagnostic)]
+#[error("{} takes {}, and there are {} free where it is to be", path.display(), bytes::shown(*needed), bytes::shown(*free))]
+#[diagnostic(help("make room, or name another place with --out"))]
+pub struct NoSpace {
+    /// What was to be written.
+    pub path: PathBuf,
+    /// Bytes that it takes.
+    pub needed: usize,
+    /// Bytes that there are.
+    pub free: usize,
+}
+
+/// Checks that `needed` bytes can be written as `path`, where the system tells.
+///
+/// # Errors
+/// They cannot.
+pub fn check_space(path: &Path, needed: usize) -> Result<(), NoSpace> {
+    // it may be several folders that are not there yet
+    let there = std::path::absolute(path).ok().and_then(|path| path.ancestors().find(|p| p.exists()).map(Path::to_owned));
+    match there.and_then(|there| free_space(&there)) {
+        Some(free) if free < needed => Err(NoSpace { path: path.to_owned(), needed, free }),
+        _ => Ok(()),
+    }
+}
+
+/// Bytes that can be written into a folder.
+fn free_space(folder: &Path) -> Option<usize> {
+    #[cfg(unix)]
+    {
+        let stat = rustix::fs::statvfs(folder).ok()?;
+        usize::try_from(stat.f_bavail.saturating_mul(stat.f_frsize)).ok()
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = folder;
+        None
+    }
 }
 
 /// Removes what a killed run left half-written in a folder.
@@ -137,5 +209,17 @@ mod tests {
         assert!(failed.is_err());
         assert_eq!(fs::read_to_string(target.join("state")).expect("there"), "second");
         assert_eq!(fs::read_dir(place.path()).expect("there").count(), 1);
+    }
+
+    #[test]
+    fn a_disk_without_room_is_known_before() {
+        let place = tempfile::tempdir().expect("a folder");
+        let target = place.path().join("not/yet/there");
+        check_space(&target, 1).expect("a byte has room");
+        #[cfg(unix)]
+        {
+            let error = check_space(&target, usize::MAX).expect_err("nothing has so much room").to_string();
+            assert!(error.contains("there takes") && error.contains("free where it is to be"), "{error}");
+        }
     }
 }

@@ -138,6 +138,14 @@ impl TensorFile {
         self.metadata.info(name).map_or(0, |info| info.data_offsets.1 - info.data_offsets.0)
     }
 
+    /// Element type, shape and bytes of a tensor as the file has it; none where it is not there.
+    #[must_use]
+    pub fn raw(&self, name: &str) -> Option<(Dtype, &[usize], &[u8])> {
+        let info = self.metadata.info(name)?;
+        let (start, end) = info.data_offsets;
+        Some((info.dtype, &info.shape, &self.map[self.data_start + start..self.data_start + end]))
+    }
+
     /// The bytes of a tensor of bytes; none where it is not there, or holds something else.
     #[must_use]
     pub fn bytes(&self, name: &str) -> Option<&[u8]> {

@@ -3,6 +3,7 @@
 //! The layer itself is ours: `candle-lora` is not on the registry, scales the base output together with the update,
 //! and names tensors in a way PEFT cannot read.
 
+mod algebra;
 mod config;
 mod init;
 pub mod peft;
@@ -11,6 +12,7 @@ mod targets;
 
 use candle_core::{Result, Tensor};
 
+pub use algebra::Truncation;
 pub use config::{AdapterConfig, AdapterError, InitMode, InitialWeights, LoraConfig};
 pub use init::new;
 pub use targets::Targets;
