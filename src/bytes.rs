@@ -47,6 +47,13 @@ impl Bytes {
     }
 }
 
+impl std::str::FromStr for Bytes {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        Self::parse(text).ok_or_else(|| "an amount is \"5GB\", \"500MiB\" and the like".to_owned())
+    }
+}
+
 /// For a person: `1.94 GiB`, `412 MiB`.
 #[must_use]
 pub fn shown(bytes: usize) -> String {

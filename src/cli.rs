@@ -4,6 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::bytes::Bytes;
+use crate::quant::Quant;
+
 /// Preference-tune a language model with LoRA adapters, from one recipe.
 #[derive(Debug, Parser)]
 #[command(name = "dpo-lora", version, arg_required_else_help = true, disable_help_subcommand = true)]
@@ -22,6 +25,12 @@ pub enum Command {
     /// Show what a recipe will do and take, without doing it: memory, batches, work, time.
     #[command(after_help = PLAN_HELP)]
     Plan(Plan),
+    /// Add an adapter's update to its base: a Hugging Face folder or a GGUF file.
+    #[command(after_help = MERGE_HELP)]
+    Merge(Merge),
+    /// Hold a merged or quantized model against base and adapter.
+    #[command(after_help = COMPARE_HELP)]
+    Compare(Compare),
 }
 
 const RUN_HELP: &str = "\
@@ -41,6 +50,119 @@ Examples:
   dpo-lora plan my.toml --set train.memory=4GiB --json
 
 Exit codes: 0 the run fits, 1 the plan could not be made, 2 the request was wrong, 3 the run does not fit its memory.";
+
+const MERGE_HELP: &str = "\
+The base is read as it was while training (a quantized one dequantized), a matrix at a time, and nothing appears under the
+final name before it is whole. Then what was written is read back: how much of the update is left in each layer, and what
+base, base + adapter and the merged model say about held-out pairs.
+
+Examples:
+  dpo-lora merge runs/my --out merged
+  dpo-lora merge runs/my --out my-q4_k.gguf --type q4_k --fail-if-kl 0.01
+  dpo-lora merge adapters/sft adapters/dpo --weights 1,0.5 --base ORG/NAME --out merged --data held-out.jsonl
+
+Exit codes: 0 done, 1 it failed, 2 the request was wrong, 3 the model was written and is further from base + adapter than
+--fail-if-kl.";
+
+const COMPARE_HELP: &str = "\
+Examples:
+  dpo-lora compare runs/my my-q4_k_m.gguf
+  dpo-lora compare runs/my merged --pairs 200 --fail-if-kl 0.01 --json
+
+Exit codes: 0 done, 1 it failed, 2 the request was wrong, 3 it is further from base + adapter than --fail-if-kl.";
+
+/// Adapters and the base that they are on.
+#[derive(Debug, Args)]
+pub struct Trained {
+    /// A run folder, one of its checkpoints, or an adapter folder in PEFT's layout; several are added up.
+    #[arg(required = true, value_name = "RUN")]
+    pub adapters: Vec<PathBuf>,
+    /// What each of several adapters is multiplied by [default: 1].
+    #[arg(long, value_name = "NUMBERS", value_delimiter = ',', allow_negative_numbers = true)]
+    pub weights: Vec<f64>,
+    /// The base, where no run says it or it is elsewhere now: a folder, a GGUF file, or ORG/NAME.
+    #[arg(long, value_name = "MODEL")]
+    pub base: Option<PathBuf>,
+    /// How the base was kept while training, where no run says it: q8_0, q4_k, nf4 ...
+    #[arg(long, value_parser = Quant::by_name)]
+    pub quant: Option<Quant>,
+}
+
+/// Held-out pairs to compare models on.
+#[derive(Debug, Args)]
+pub struct HeldOut {
+    /// Held-out pairs [default: those of the run].
+    #[arg(long, value_name = "FILE")]
+    pub data: Option<PathBuf>,
+    /// How many of the pairs are compared, spread over the file.
+    #[arg(long, default_value_t = 64, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub pairs: u32,
+    /// Exit with 3 if KL(base + adapter || written model) is above this, in nats a token.
+    #[arg(long, value_name = "KL")]
+    pub fail_if_kl: Option<f64>,
+}
+
+/// `dpo-lora merge`
+#[derive(Debug, Args)]
+pub struct Merge {
+    #[expect(missing_docs, reason = "it becomes part of the help")]
+    #[command(flatten)]
+    pub trained: Trained,
+    /// A folder, or a file that ends in .gguf.
+    #[arg(long)]
+    pub out: PathBuf,
+    /// Element type: f32, f16 or bf16 for a folder [default: the base's]; for GGUF also q8_0, q6_k, q5_k, q4_k and the
+    /// other block types [default: f16].
+    #[arg(long = "type", value_name = "TYPE")]
+    pub element_type: Option<String>,
+    /// The most bytes of one safetensors file.
+    #[arg(long, default_value = "5GB", value_name = "SIZE")]
+    pub shard_size: Bytes,
+    /// Write an Ollama Modelfile too: into the folder, or beside the GGUF file.
+    #[arg(long)]
+    pub modelfile: bool,
+    /// Replace what is there under that name.
+    #[arg(long)]
+    pub force: bool,
+    #[expect(missing_docs, reason = "it becomes part of the help")]
+    #[command(flatten)]
+    pub held_out: HeldOut,
+    /// Do not read back and compare what was written.
+    #[arg(long, conflicts_with = "fail_if_kl")]
+    pub no_accounts: bool,
+    /// Print what was written and the accounts to stdout as JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// No progress, only errors.
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+/// `dpo-lora compare`
+#[derive(Debug, Args)]
+pub struct Compare {
+    /// A run folder, one of its checkpoints, or an adapter folder in PEFT's layout.
+    #[arg(value_name = "RUN")]
+    pub adapter: PathBuf,
+    /// A merged model: a folder or a GGUF file, whatever wrote it.
+    #[arg(value_name = "MERGED")]
+    pub merged: PathBuf,
+    /// The base, where no run says it or it is elsewhere now: a folder, a GGUF file, or ORG/NAME.
+    #[arg(long, value_name = "MODEL")]
+    pub base: Option<PathBuf>,
+    /// How the base was kept while training, where no run says it: q8_0, q4_k, nf4 ...
+    #[arg(long, value_parser = Quant::by_name)]
+    pub quant: Option<Quant>,
+    #[expect(missing_docs, reason = "it becomes part of the help")]
+    #[command(flatten)]
+    pub held_out: HeldOut,
+    /// Print the accounts to stdout as JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// No progress, only errors.
+    #[arg(short, long)]
+    pub quiet: bool,
+}
 
 /// `dpo-lora run`
 #[derive(Debug, Args)]

@@ -16,6 +16,7 @@
 //! | [`quant`] | frozen matrices: dense, GGUF blocks, NF4 |
 //! | [`adapter`] | LoRA and PEFT's files |
 //! | [`loss`] | one file a loss |
+//! | [`export`] | merged models, and adapters for other programs |
 //! | [`train`] | updates, optimizer, schedule, evaluation, checkpoints |
 //! | [`run_folder`] | what a run leaves behind |
 //!
@@ -27,6 +28,7 @@ pub mod bytes;
 pub mod cli;
 pub mod commands;
 pub mod data;
+pub mod export;
 pub mod files;
 pub mod gguf;
 mod hostile;

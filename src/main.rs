@@ -15,6 +15,8 @@ fn main() -> ExitCode {
     let outcome = rayon::scope(|_| match &cli.command {
         Command::Run(run) => commands::run::run(run),
         Command::Plan(plan) => commands::plan::plan(plan),
+        Command::Merge(merge) => commands::merge::merge(merge),
+        Command::Compare(compare) => commands::compare::compare(compare),
     });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

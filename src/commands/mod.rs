@@ -1,8 +1,12 @@
 //! What the binary does. Each command joins stages and reads like its user story; nothing else joins them.
 
+mod accounts;
+pub mod compare;
+pub mod merge;
 pub mod plan;
 mod prepare;
 pub mod run;
+mod trained;
 
 use std::process::ExitCode;
 
@@ -32,6 +36,13 @@ impl Failure {
             Self::Interrupted(code) => ExitCode::from(*code),
         }
     }
+}
+
+/// Writes a result to stdout.
+fn print_json(value: &serde_json::Value) -> Result<(), Failure> {
+    use std::io::Write;
+    let written = writeln!(std::io::stdout(), "{value:#}");
+    written.map_err(|e| Failure::Failed(miette::miette!("cannot write to stdout: {e}")))
 }
 
 /// For errors that say that the request was wrong.

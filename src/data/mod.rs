@@ -60,6 +60,22 @@ pub struct DataConfig {
     pub bad_rows: BadRows,
 }
 
+impl DataConfig {
+    /// Rows to read, all else as it is by default.
+    #[must_use]
+    pub fn of(train: Sources) -> Self {
+        Self {
+            train,
+            eval: None,
+            columns: Columns::default(),
+            max_length: default_max_length(),
+            max_prompt_length: None,
+            chat_template: None,
+            bad_rows: BadRows::default(),
+        }
+    }
+}
+
 /// TRL's default.
 fn default_max_length() -> Count {
     Count::constant(1024)

@@ -12,7 +12,6 @@ use super::packed::Packed;
 use crate::adapter::{Adapters, Gradients};
 use crate::ops::attention::{Segment, Segments};
 use crate::ops::completion_logps::{self, TokenScore, Want};
-use crate::ops::linear::{self, Branch};
 use crate::ops::rope::Angles;
 use crate::ops::{norm, rows};
 use crate::quant::Weight;
@@ -142,6 +141,44 @@ impl Decoder {
         Ok(Forward { scores, activations })
     }
 
+    /// The last hidden states at the scored rows of a packed batch, normed: what the head makes logits of. `[S, D]`
+    ///
+    /// # Errors
+    /// A token outside the vocabulary, or what candle returns.
+    pub fn hidden(&self, batch: &Packed, adapters: Option<&Adapters>) -> Result<Tensor> {
+        let rows = self.rows(batch)?;
+        let pass = Pass::new(adapters, &rows, None, &batch.row_keys);
+        let mut x = self.embed(&batch.ids)?;
+        for index in 0..self.layers.len() {
+            x = self.at(index, &pass).forward(x, None)?.0;
+        }
+        let scored = rows::gather(&x, rows.scored(batch))?;
+        Ok(norm::forward(&scored, &self.norm, self.config.rms_norm_eps)?.0)
+    }
+
+    /// The same decoder with the updates in its matrices, which are dense then.
+    ///
+    /// # Errors
+    /// What candle returns.
+    pub fn merged(&self, adapters: &Adapters) -> Result<Self> {
+        let mut merged = self.clone();
+        let of_layer = self.config.projections().len();
+        for (number, layer) in merged.layers.iter_mut().enumerate() {
+            for (slot, linear) in layer.projections.iter_mut().enumerate() {
+                if let Some(lora) = adapters.get(number * of_layer + slot) {
+                    linear.weight = Weight::Dense(lora.merged(&linear.weight.dense(self.dtype())?)?);
+                }
+            }
+        }
+        Ok(merged)
+    }
+
+    /// What makes logits of [`Decoder::hidden`].
+    #[must_use]
+    pub fn head(&self) -> completion_logps::Head<'_> {
+        completion_logps::Head { weight: &self.head, softcap: self.config.logit_softcap }
+    }
+
     /// Adds the gradients of the adapters to `gradients`.
     ///
     /// `slopes` has one number for each scored row: the derivative of the loss with respect to the sum of log-probs
@@ -186,10 +223,6 @@ impl Decoder {
         (0..modules).find(has_adapter).map_or(self.layers.len(), |module| module / of_layer)
     }
 
-    fn head(&self) -> completion_logps::Head<'_> {
-        completion_logps::Head { weight: &self.head, softcap: self.config.logit_softcap }
-    }
-
     fn rows(&self, batch: &Packed) -> Result<Rows> {
         let angles = self.angles(&batch.positions, &batch.lengths())?;
         let last = batch.last_rows().map(|last| {
@@ -232,13 +265,7 @@ impl Decoder {
         }
         let last = x.narrow(0, ids.len() - 1, 1)?.contiguous()?;
         let (hidden, _) = norm::forward(&last, &self.norm, self.config.rms_norm_eps)?;
-        let ([logits], _) =
-            linear::forward(&hidden, &[Branch { weight: &self.head, bias: None, update: None }], None)?;
-        let logits = match self.config.logit_softcap {
-            Some(cap) => ((logits / cap)?.tanh()? * cap)?,
-            None => logits,
-        };
-        logits.squeeze(0)
+        self.head().logits(&hidden)?.squeeze(0)
     }
 
     /// The angles of rows at `positions` by each table; `lengths` are those of the sequences that the rows belong to.

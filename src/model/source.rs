@@ -120,6 +120,24 @@ impl Base {
         Ok(Self { path, snapshot: Some(snapshot) })
     }
 
+    /// A base on disk.
+    ///
+    /// # Errors
+    /// It is not there.
+    pub fn local(path: &Path) -> Result<Self, ModelError> {
+        if is_gguf(path) && path.is_file() {
+            return Ok(Self { path: path.to_owned(), snapshot: None });
+        }
+        check_folder(path)?;
+        Ok(Self { path: path.to_owned(), snapshot: None })
+    }
+
+    /// Whether it is one GGUF file, and no folder.
+    #[must_use]
+    pub fn is_gguf(&self) -> bool {
+        is_gguf(&self.path)
+    }
+
     /// The folder, or the GGUF file.
     #[must_use]
     pub fn path(&self) -> &Path {

@@ -15,7 +15,7 @@ use super::layer::{Layer, Linear};
 use crate::gguf::{self, GgufFile};
 use crate::progress::{Bar, Console};
 use crate::quant::nf4::{self, Nf4, Scales};
-use crate::quant::{self, Bytes, Kept, Quantized, Weight};
+use crate::quant::{self, Bytes, Kept, Quant, Quantized, Weight};
 use crate::tensor_file::{TensorFile, read_text};
 
 pub(super) const INDEX: &str = "model.safetensors.index.json";
@@ -81,6 +81,17 @@ impl WeightFiles {
     #[must_use]
     pub fn num_bytes(&self) -> usize {
         self.files.iter().map(TensorFile::num_bytes).sum()
+    }
+
+    /// Every tensor by name, with the file that it is in.
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, &TensorFile)> {
+        self.places.iter().map(|(name, &file)| (name.as_str(), &self.files[file]))
+    }
+
+    /// What a part is called in these files.
+    #[must_use]
+    pub fn name_of(&self, part: &Part, config: &DecoderConfig) -> String {
+        part.place.in_hugging_face(self.root(config), config.post_norms)
     }
 
     /// Reads all weights of a decoder onto the CPU: dense ones as `dtype` (F32 or F64), matrices as `config.quant` keeps
@@ -241,6 +252,12 @@ impl Part {
         self.module
     }
 
+    /// How a matrix is kept while training.
+    #[must_use]
+    pub fn kept(&self) -> Kept {
+        self.kept
+    }
+
     /// Whether it is embedding or head.
     #[must_use]
     pub fn is_vocabulary(&self) -> bool {
@@ -299,6 +316,35 @@ pub enum BaseFiles {
 }
 
 impl BaseFiles {
+    /// Length of all files in bytes.
+    #[must_use]
+    pub fn num_bytes(&self) -> usize {
+        match self {
+            Self::Folder(files) => files.num_bytes(),
+            Self::Gguf(file) => file.num_bytes(),
+        }
+    }
+
+    /// The type of 16 bits that the matrices of a folder are stored in, which keeps them as they are.
+    #[must_use]
+    pub fn float_of(&self, config: &DecoderConfig) -> Quant {
+        use safetensors::tensor::Dtype;
+        let Self::Folder(files) = self else { return Quant::None };
+        let parts = config.parts().unwrap_or_default();
+        let all = |dtype: Dtype| {
+            let mut matrices = parts.iter().filter(|part| part.shape.len() == 2);
+            matrices.all(|part| {
+                let name = files.name_of(part, config);
+                files.places.get(&name).and_then(|&file| files.files[file].raw(&name)).is_some_and(|raw| raw.0 == dtype)
+            })
+        };
+        match () {
+            () if all(Dtype::BF16) => Quant::Bf16,
+            () if all(Dtype::F16) => Quant::F16,
+            () => Quant::None,
+        }
+    }
+
     /// One tensor as the decoder has it: a matrix kept as it is while training, rows in Hugging Face's order, and the
     /// vector that a norm multiplies by (f32, one-dimensional).
     ///

@@ -14,7 +14,7 @@
 use candle_core::{D, Result, Tensor};
 
 use super::cpu::{self, Real, filled, for_real, tensor, values};
-use super::has_kernel;
+use super::{has_kernel, linear};
 use crate::quant::Weight;
 
 /// What turns hidden states into logits.
@@ -24,6 +24,20 @@ pub struct Head<'a> {
     pub weight: &'a Weight,
     /// Logits `z` become `c tanh(z / c)`; the gradient of each then carries `1 − (z / c)²`.
     pub softcap: Option<f64>,
+}
+
+impl Head<'_> {
+    /// All logits of a few rows. `[S, V]`
+    ///
+    /// # Errors
+    /// What candle returns for wrong shapes or types.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        let logits = linear::apply(hidden, self.weight)?;
+        match self.softcap {
+            Some(cap) => (logits / cap)?.tanh()? * cap,
+            None => Ok(logits),
+        }
+    }
 }
 
 /// What one scored row gave.

@@ -10,7 +10,7 @@ use miette::miette;
 use serde_json::{Map, Value, json};
 
 use self::prepare::{Prepared, Run};
-use super::{Failure, failed};
+use super::{Failure, failed, print_json};
 use crate::adapter::peft;
 use crate::cli;
 use crate::files;
@@ -35,9 +35,7 @@ pub fn run(arguments: &cli::Run) -> Result<(), Failure> {
     let training = Training::begin(&prepared, &console, &interrupt)?;
     let summary = training.finish()?;
     if arguments.json {
-        use std::io::Write;
-        let written = writeln!(std::io::stdout(), "{summary:#}");
-        written.map_err(|e| Failure::Failed(miette!("cannot write to stdout: {e}")))?;
+        print_json(&summary)?;
     }
     Ok(())
 }
