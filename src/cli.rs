@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::bytes::Bytes;
+use crate::export::check::Consumer;
 use crate::quant::Quant;
 
 /// Preference-tune a language model with LoRA adapters, from one recipe.
@@ -25,6 +26,9 @@ pub enum Command {
     /// Show what a recipe will do and take, without doing it: memory, batches, work, time.
     #[command(after_help = PLAN_HELP)]
     Plan(Plan),
+    /// Write an adapter for other programs: PEFT and vLLM, llama.cpp and Ollama.
+    #[command(after_help = EXPORT_HELP)]
+    Export(Export),
     /// Add an adapter's update to its base: a Hugging Face folder or a GGUF file.
     #[command(after_help = MERGE_HELP)]
     Merge(Merge),
@@ -50,6 +54,17 @@ Examples:
   dpo-lora plan my.toml --set train.memory=4GiB --json
 
 Exit codes: 0 the run fits, 1 the plan could not be made, 2 the request was wrong, 3 the run does not fit its memory.";
+
+const EXPORT_HELP: &str = "\
+A folder gets PEFT's files, the tokenizer with its chat template, and a model card; a file that ends in .gguf is an adapter
+for llama.cpp. --check applies the rules of a program to what would be written; what it would refuse is not written.
+
+Examples:
+  dpo-lora export runs/my --out my-adapter --check peft --check vllm
+  dpo-lora export runs/my --out my-adapter.gguf --check llama.cpp
+  dpo-lora export runs/a runs/b --weights 0.5,0.5 --rank 16 --out both
+
+Exit codes: 0 done, 1 it failed, 2 the request was wrong, 3 a program named by --check would not take it.";
 
 const MERGE_HELP: &str = "\
 The base is read as it was while training (a quantized one dequantized), a matrix at a time, and nothing appears under the
@@ -100,6 +115,35 @@ pub struct HeldOut {
     /// Exit with 3 if KL(base + adapter || written model) is above this, in nats a token.
     #[arg(long, value_name = "KL")]
     pub fail_if_kl: Option<f64>,
+}
+
+/// `dpo-lora export`
+#[derive(Debug, Args)]
+pub struct Export {
+    #[expect(missing_docs, reason = "it becomes part of the help")]
+    #[command(flatten)]
+    pub trained: Trained,
+    /// A folder, or a file that ends in .gguf; without it, --check alone is done.
+    #[arg(long, required_unless_present = "check")]
+    pub out: Option<PathBuf>,
+    /// Cut the update to this rank, by truncated SVD; what that loses is said.
+    #[arg(long, value_name = "R", value_parser = clap::value_parser!(u32).range(1..))]
+    pub rank: Option<u32>,
+    /// Write one rank and a scale of 1 for all modules, the same update, for readers of neither rsLoRA nor patterns.
+    #[arg(long)]
+    pub scale_into_b: bool,
+    /// A program that has to take it.
+    #[arg(long, value_enum)]
+    pub check: Vec<Consumer>,
+    /// Write an Ollama Modelfile too: into the folder, or beside the GGUF file.
+    #[arg(long, requires = "out")]
+    pub modelfile: bool,
+    /// Replace what is there under that name.
+    #[arg(long)]
+    pub force: bool,
+    /// No progress, only errors.
+    #[arg(short, long)]
+    pub quiet: bool,
 }
 
 /// `dpo-lora merge`

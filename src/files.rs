@@ -135,7 +135,8 @@ pub struct NoSpace {
 /// They cannot.
 pub fn check_space(path: &Path, needed: usize) -> Result<(), NoSpace> {
     // it may be several folders that are not there yet
-    let there = std::path::absolute(path).ok().and_then(|path| path.ancestors().find(|p| p.exists()).map(Path::to_owned));
+    let there =
+        std::path::absolute(path).ok().and_then(|path| path.ancestors().find(|p| p.exists()).map(Path::to_owned));
     match there.and_then(|there| free_space(&there)) {
         Some(free) if free < needed => Err(NoSpace { path: path.to_owned(), needed, free }),
         _ => Ok(()),

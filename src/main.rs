@@ -15,6 +15,7 @@ fn main() -> ExitCode {
     let outcome = rayon::scope(|_| match &cli.command {
         Command::Run(run) => commands::run::run(run),
         Command::Plan(plan) => commands::plan::plan(plan),
+        Command::Export(export) => commands::export::export(export),
         Command::Merge(merge) => commands::merge::merge(merge),
         Command::Compare(compare) => commands::compare::compare(compare),
     });

@@ -30,7 +30,8 @@ impl Adapters {
         if terms.iter().any(|(adapters, _)| adapters.iter().any(|lora| lora.dora.is_some())) {
             return Err(AdapterError::Mismatch {
                 problem: "a DoRA adapter can neither be added to another nor weighted".into(),
-                help: "its rows are brought to lengths of their own; merge it into the base, and go on from there".into(),
+                help: "its rows are brought to lengths of their own; merge it into the base, and go on from there"
+                    .into(),
             });
         }
         let modules = (0..first.modules.len()).map(|module| {
@@ -38,7 +39,10 @@ impl Adapters {
                 terms.iter().filter_map(|(adapters, weight)| Some((adapters.get(module)?, *weight))).collect();
             let Some((some, _)) = of_module.first() else { return Ok(None) };
             let a: Vec<&Tensor> = of_module.iter().map(|(lora, _)| lora.a()).collect();
-            let b = of_module.iter().map(|(lora, weight)| lora.b() * (lora.scale * weight)).collect::<Result<Vec<_>>>()?;
+            let b = of_module
+                .iter()
+                .map(|(lora, weight)| lora.b() * (lora.scale * weight))
+                .collect::<Result<Vec<_>>>()?;
             Ok(Some(Lora::new(&some.module, Tensor::cat(&a, 0)?, Tensor::cat(&b, 1)?, 1.0)))
         });
         let modules = modules.collect::<Result<Vec<_>>>()?;
@@ -144,7 +148,9 @@ mod tests {
 
     fn modules() -> Vec<Module> {
         let module = |path: &str| Module { path: path.into(), inputs: 24, outputs: 18 };
-        ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"].map(module).to_vec()
+        ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
+            .map(module)
+            .to_vec()
     }
 
     fn adapters(config: LoraConfig, seed: u64) -> Adapters {
@@ -176,7 +182,8 @@ mod tests {
         let two = adapters(LoraConfig { layers: Some(vec![1]), ..of(4, &["up_proj"], true) }, 2);
         let sum = Adapters::sum(&[(one.clone(), 0.5), (two.clone(), -2.0)]).expect("added");
         for module in 0..3 {
-            let expected = ((update(&one, module) * 0.5).and_then(|one| one - (update(&two, module) * 2.0)?)).expect("added");
+            let expected =
+                ((update(&one, module) * 0.5).and_then(|one| one - (update(&two, module) * 2.0)?)).expect("added");
             // entries of size ten, seven digits
             assert!(distance(&update(&sum, module), &expected) < 1e-4);
         }

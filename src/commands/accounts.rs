@@ -39,7 +39,7 @@ impl Written {
         };
         let name = match element_type {
             Some(name) => format!("merged, {name}"),
-            None => format!("merged, {}", path.file_name().unwrap_or_default().to_string_lossy()),
+            None => path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
         };
         Ok(Self { config: base.config(stored).map_err(request)?, base, name })
     }
@@ -95,14 +95,18 @@ impl Accounts {
 
     pub(super) fn tell(&self, console: &Console) {
         console.line("\nthe update in what was written (root mean squares of all weights of a layer)");
-        console.line(format_args!("{:<8}{:>12}{:>12}{:>20}{:>10}", "layer", "update", "rounding", "update/rounding", "kept"));
+        console.line(format_args!(
+            "{:<8}{:>12}{:>12}{:>20}{:>10}",
+            "layer", "update", "rounding", "update/rounding", "kept"
+        ));
         for LayerAccount { layer, update, rounding, kept } in &self.layers {
             let layer = layer.map_or("all".to_owned(), |layer| layer.to_string());
             let ratio = match *rounding {
                 0.0 => "exact".to_owned(),
                 rounding => format!("{:.3}", update / rounding),
             };
-            console.line(format_args!("{layer:<8}{update:>12.2e}{rounding:>12.2e}{ratio:>20}{:>8.1} %", 100.0 * kept));
+            console
+                .line(format_args!("{layer:<8}{update:>12.2e}{rounding:>12.2e}{ratio:>20}{:>8.1} %", 100.0 * kept));
         }
         match &self.behaviour {
             Some((pairs, tokens, models)) => {

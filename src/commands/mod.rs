@@ -2,6 +2,7 @@
 
 mod accounts;
 pub mod compare;
+pub mod export;
 pub mod merge;
 pub mod plan;
 mod prepare;

@@ -11,8 +11,10 @@ use super::prepare::from_base;
 use super::{Failure, failed, request};
 use crate::adapter::{Adapters, peft};
 use crate::cli;
-use crate::export::{self, ExportError};
 use crate::data::{self, Codec, DataConfig, DataError, Dataset, Sources, Wanted};
+use crate::export;
+use crate::export::card::{self, Card};
+use crate::files::{self, WriteError};
 use crate::hub::{self, Cause, Hub};
 use crate::loss::Examples;
 use crate::model::{Base, DecoderConfig, ModelConfig, Module};
@@ -53,7 +55,9 @@ enum TrainedError {
     #[diagnostic(help("--weights has one number for each: --weights 0.7,0.3"))]
     Weights { weights: usize, adapters: usize },
     #[error("the adapters are of different bases: {} and {}", .0.display(), .1.display())]
-    #[diagnostic(help("only adapters of one base can be added; --base names it, where it is the same one elsewhere"))]
+    #[diagnostic(help(
+        "only adapters of one base can be added; --base names it, where it is the same one elsewhere"
+    ))]
     Bases(PathBuf, PathBuf),
 }
 
@@ -77,7 +81,11 @@ impl Named {
                 false => {
                     let help = match checkpoint::list(run).pop() {
                         Some(newest) => {
-                            format!("go on with it: dpo-lora run --resume {}; or name {}", path.display(), newest.display())
+                            format!(
+                                "go on with it: dpo-lora run --resume {}; or name {}",
+                                path.display(),
+                                newest.display()
+                            )
                         }
                         None => format!("go on with it: dpo-lora run --resume {}", path.display()),
                     };
@@ -87,7 +95,10 @@ impl Named {
             _ if absolute.is_dir() => absolute.clone(),
             _ => return Err(request(TrainedError::Neither(path.to_owned()))),
         };
-        if !is_adapter(&folder) && !folder.join(peft::TENSORS_FILE).is_file() && !folder.join("adapter_model.bin").is_file() {
+        if !is_adapter(&folder)
+            && !folder.join(peft::TENSORS_FILE).is_file()
+            && !folder.join("adapter_model.bin").is_file()
+        {
             return Err(request(TrainedError::Neither(path.to_owned())));
         }
         let recipe = match run {
@@ -101,7 +112,8 @@ impl Named {
                 ModelConfig { quant, ..recipe.model.clone() }
             }
             (None, None) => {
-                let name = base_of(&folder).ok_or_else(|| request(TrainedError::NoBase(folder.join(peft::CONFIG_FILE))))?;
+                let name =
+                    base_of(&folder).ok_or_else(|| request(TrainedError::NoBase(folder.join(peft::CONFIG_FILE))))?;
                 ModelConfig { quant: arguments.quant.unwrap_or_default(), ..named_base(Path::new(&name)) }
             }
         };
@@ -125,7 +137,8 @@ fn base_of(adapter: &Path) -> Option<String> {
 impl Trained {
     /// Finds the adapters and their base; of several, the weighted sum.
     pub(super) fn open(arguments: &cli::Trained, console: &Console) -> Result<Self, Failure> {
-        let named = arguments.adapters.iter().map(|path| Named::find(path, arguments)).collect::<Result<Vec<_>, _>>()?;
+        let named =
+            arguments.adapters.iter().map(|path| Named::find(path, arguments)).collect::<Result<Vec<_>, _>>()?;
         let (count, given) = (named.len(), arguments.weights.len());
         if given != 0 && given != count {
             return Err(request(TrainedError::Weights { weights: given, adapters: count }));
@@ -167,7 +180,7 @@ impl Trained {
             Some(recipe) => recipe.data.clone(),
             None => DataConfig::of(sources.clone()),
         };
-        let codec = self.codec(&config)?;
+        let codec = self.codec()?;
         let wanted = Wanted { examples: Examples::Pairs, keep_pairs: true };
         let dataset = data::load(&sources, &config, &codec, wanted, console).map_err(|error| match error {
             DataError::Hub(error) if error.cause != Cause::Request => failed(error),
@@ -176,8 +189,9 @@ impl Trained {
         Ok(Some(dataset))
     }
 
-    /// Writes the tokenizer and chat template that stand beside the adapter, if any, over the base's own.
-    pub(super) fn write_tokenizer(&self, folder: &Path) -> Result<(), ExportError> {
+    /// Writes the tokenizer and chat template that stand beside the adapter, if any; in a folder with the base's own, over
+    /// those.
+    pub(super) fn write_tokenizer(&self, folder: &Path) -> Result<(), WriteError> {
         if self.folder.join("tokenizer.json").is_file() || self.folder.join("chat_template.jinja").is_file() {
             export::copy_text_files(&self.folder, folder)?;
         }
@@ -185,13 +199,38 @@ impl Trained {
     }
 
     /// The tokenizer of the base, with the template of the run.
-    fn codec(&self, config: &DataConfig) -> Result<Codec, Failure> {
-        Codec::open(self.base.path(), config.chat_template.as_deref()).map_err(request)
+    pub(super) fn codec(&self) -> Result<Codec, Failure> {
+        let template = self.recipe.as_ref().and_then(|recipe| recipe.data.chat_template.as_deref());
+        Codec::open(self.base.path(), template).map_err(request)
     }
 
     /// What PEFT's files call the base.
     pub(super) fn base_name(&self) -> String {
         self.model.source.display().to_string()
+    }
+
+    /// The model card of what is written.
+    pub(super) fn card(&self, kind: card::Kind, adapters: &Adapters) -> String {
+        let of_run = |name: &str| std::fs::read_to_string(self.run.as_ref()?.join(name)).ok();
+        let base_card = if self.base.is_gguf() { None } else { Some(self.base.path().join("README.md")) };
+        let card = Card {
+            kind,
+            base: &self.base_name(),
+            quant: self.model.quant.name(),
+            base_card: base_card.and_then(|path| std::fs::read_to_string(path).ok()),
+            adapters,
+            loss: self.recipe.as_ref().map(|recipe| &recipe.loss),
+            recipe: of_run("recipe.toml"),
+            summary: of_run("summary.json").and_then(|text| serde_json::from_str(&text).ok()),
+            data: self.recipe.as_ref().map_or(Vec::new(), |recipe| recipe.data.train.names()),
+        };
+        card.markdown()
+    }
+
+    /// Writes a Modelfile beside what was made, with `adapter` on the base, or of a merged model.
+    pub(super) fn write_modelfile(&self, path: &Path, from: &Path, adapter: Option<&Path>) -> Result<(), Failure> {
+        let text = export::modelfile(from, adapter, &self.codec()?);
+        files::write(path, text.as_bytes()).map_err(failed)
     }
 }
 

@@ -190,6 +190,12 @@ impl Codec {
         unpanicked(|| self.tokenizer.decode(ids, true)).unwrap_or_default()
     }
 
+    /// A token as the vocabulary has it.
+    #[must_use]
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.tokenizer.id_to_token(id)
+    }
+
     /// Tokens that end an answer: the tokenizer's EOS and those of the model's generation settings.
     #[must_use]
     pub fn stop_tokens(&self) -> &[u32] {

@@ -71,6 +71,12 @@ impl Sources {
         Self(vec![Source { path: path.into(), weight: Weight::default() }])
     }
 
+    /// What each source is called.
+    #[must_use]
+    pub fn names(&self) -> Vec<String> {
+        self.0.iter().map(|source| source.path.display().to_string()).collect()
+    }
+
     /// The local files and globs, to anchor those that are relative.
     pub fn paths_mut(&mut self) -> impl Iterator<Item = &mut PathBuf> {
         self.0.iter_mut().map(|source| &mut source.path).filter(|path| !hub::is_address(path))

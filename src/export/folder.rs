@@ -256,9 +256,7 @@ impl<'m> MergedFolder<'m> {
                 let weight = self.merge.base(part)?;
                 let (rows, columns) = weight.dims()?;
                 let step = (PIECE / columns.max(1)).max(1);
-                (0..rows)
-                    .step_by(step)
-                    .try_for_each(|row| encode(&dense_rows(&weight, row..(row + step).min(rows))?))
+                (0..rows).step_by(step).try_for_each(|row| encode(&dense_rows(&weight, row..(row + step).min(rows))?))
             }
             Content::Copied(file) => {
                 let (dtype, shape, bytes) = file.raw(&tensor.name).unwrap_or((Dtype::U8, &[], &[]));

@@ -1,8 +1,11 @@
 //! What is made of a base and its adapter for others to load.
 
 pub mod accounts;
+pub mod card;
+pub mod check;
 mod folder;
 mod merge;
+mod modelfile;
 
 use miette::Diagnostic;
 use thiserror::Error;
@@ -10,6 +13,7 @@ use thiserror::Error;
 pub(crate) use folder::copy_text_files;
 pub use folder::{Float, MergedFolder};
 pub use merge::Merge;
+pub use modelfile::modelfile;
 
 use crate::data::DataError;
 use crate::files::WriteError;

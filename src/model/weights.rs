@@ -335,7 +335,11 @@ impl BaseFiles {
             let mut matrices = parts.iter().filter(|part| part.shape.len() == 2);
             matrices.all(|part| {
                 let name = files.name_of(part, config);
-                files.places.get(&name).and_then(|&file| files.files[file].raw(&name)).is_some_and(|raw| raw.0 == dtype)
+                files
+                    .places
+                    .get(&name)
+                    .and_then(|&file| files.files[file].raw(&name))
+                    .is_some_and(|raw| raw.0 == dtype)
             })
         };
         match () {

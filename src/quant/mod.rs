@@ -78,7 +78,9 @@ impl Quant {
     pub fn by_name(name: &str) -> std::result::Result<Self, String> {
         let names = || Self::ALL.iter().map(|(name, _)| *name);
         let of_name = Self::ALL.iter().find(|(known, _)| known.eq_ignore_ascii_case(name));
-        of_name.map(|(_, quant)| *quant).ok_or_else(|| format!("it is one of {}", names().collect::<Vec<_>>().join(", ")))
+        of_name
+            .map(|(_, quant)| *quant)
+            .ok_or_else(|| format!("it is one of {}", names().collect::<Vec<_>>().join(", ")))
     }
 
     /// Its name in a recipe.
