@@ -35,6 +35,31 @@ fn temporary(path: &Path) -> PathBuf {
     path.with_file_name(name)
 }
 
+/// Removes what processes that are no more have left of writing `path`.
+fn remove_leftovers(path: &Path) {
+    #[cfg(unix)]
+    {
+        let Some(name) = path.file_name().and_then(|name| name.to_str()) else { return };
+        let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let is_alive = |id: i32| {
+            rustix::process::Pid::from_raw(id).is_none_or(|id| {
+                // one of another user is there too
+                !matches!(rustix::process::test_kill_process(id), Err(rustix::io::Errno::SRCH))
+            })
+        };
+        for path in fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()) {
+            let id = path.file_name().and_then(|name| name.to_str()).and_then(|other| {
+                other.strip_prefix(name)?.strip_prefix('-')?.strip_suffix(TEMPORARY)?.parse::<i32>().ok()
+            });
+            if id.is_some_and(|id| id > 0 && !is_alive(id)) {
+                let _ = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            }
+        }
+    }
+    #[cfg(not(unix))]
+    let _ = path;
+}
+
 /// Writes a whole file.
 ///
 /// # Errors
@@ -51,6 +76,7 @@ pub fn write_with<E: From<WriteError>>(
     path: &Path,
     fill: impl FnOnce(&mut BufWriter<File>) -> Result<(), E>,
 ) -> Result<(), E> {
+    remove_leftovers(path);
     let partial = temporary(path);
     let made = (|| {
         let mut file = BufWriter::new(File::create(&partial).map_err(cannot_write(path))?);
@@ -72,6 +98,7 @@ pub fn write_with<E: From<WriteError>>(
 /// # Errors
 /// The system's, with the path, or `fill`'s; what was written is removed.
 pub fn write_folder<E: From<WriteError>>(path: &Path, fill: impl FnOnce(&Path) -> Result<(), E>) -> Result<(), E> {
+    remove_leftovers(path);
     let partial = temporary(path);
     let replaced =
         path.with_file_name(format!("{}-old{TEMPORARY}", path.file_name().unwrap_or_default().to_string_lossy()));

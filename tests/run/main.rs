@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod hub;
+mod merged;
 mod plan;
 mod recipes;
 mod reference;
