@@ -1,9 +1,10 @@
 //! Merged is unmerged: for every family, every projection, every kind of base and of adapter, in memory and on disk.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
-use dpo_lora::adapter::{self, Adapters, LoraConfig, Targets};
+use dpo_lora::adapter::{self, Adapters, LoraConfig, Targets, peft};
 use dpo_lora::export::{Float, Merge, MergedFolder};
 use dpo_lora::model::{Base, Decoder, DecoderConfig, Packed, Packer, PromptSpan, WeightFiles, family};
 use dpo_lora::ops::completion_logps::{self, Want};
@@ -11,6 +12,7 @@ use dpo_lora::progress::Console;
 use dpo_lora::quant::Quant;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
+use serde::Deserialize;
 
 const MODELS: [&str; 11] =
     ["gqa", "tied", "llama3", "bias", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "smollm3"];
@@ -166,5 +168,57 @@ fn what_carries_no_adapter_is_copied_to_the_bit() {
     for (before, after) in before.iter().zip(&after) {
         assert_eq!(before.0, after.0);
         assert_eq!(before.1 == after.1, !before.0.ends_with("q_proj.weight"), "{}", before.0);
+    }
+}
+
+#[derive(Deserialize)]
+struct Tokenised {
+    prompt_ids: Vec<u32>,
+    chosen_ids: Vec<u32>,
+    rejected_ids: Vec<u32>,
+}
+
+/// Log-probs that TRL's own run wrote of base, base + adapter and PEFT's merged model.
+#[test]
+fn log_probs_of_a_real_run_are_transformers() {
+    let Some(real) = std::env::var_os("DPO_LORA_REAL").map(PathBuf::from) else {
+        eprintln!("skipped: DPO_LORA_REAL is not set");
+        return;
+    };
+    let trl = real.join("adapters/trl-dpo-stories260K");
+    let text = |path: PathBuf| std::fs::read_to_string(path).expect("there");
+    let tokenised: Vec<Tokenised> =
+        text(trl.join("tokenised.jsonl")).lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    let expected: Vec<BTreeMap<String, f64>> =
+        serde_json::from_str(&text(trl.join("sigmoid/pair_logps.json"))).expect("JSON");
+    assert_eq!(tokenised.len(), expected.len());
+
+    let base = real.join("stories260K");
+    let config = family::read_config(&base).expect("a configuration");
+    let decoder = decoder(&base, config.clone(), DType::F32);
+    let adapters = peft::load(&trl.join("sigmoid/final"), &config.modules(), DType::F32).expect("read");
+    let out = tempfile::tempdir().expect("a folder");
+    let local = Base::local(&base).expect("there");
+    let merge = Merge::new(&local, &config, &adapters).expect("opened");
+    MergedFolder::plan(&merge, None, usize::MAX)
+        .expect("planned")
+        .write(out.path(), &Console::silent())
+        .expect("written");
+    let merged = self::decoder(out.path(), family::read_config(out.path()).expect("a configuration"), DType::F32);
+
+    for (pair, expected) in tokenised.iter().zip(&expected) {
+        let mut packer = Packer::default();
+        packer.push(0, &pair.prompt_ids, &[&pair.chosen_ids, &pair.rejected_ids], PromptSpan::No);
+        let batch = packer.finish();
+        for (name, decoder, adapters) in
+            [("ref", &decoder, None), ("policy", &decoder, Some(&adapters)), ("merged", &merged, None)]
+        {
+            let logps = logps(decoder, &batch, adapters);
+            for (side, span) in ["chosen", "rejected"].into_iter().zip(&batch.spans) {
+                let (ours, theirs) = (logps[span.clone()].iter().sum::<f64>(), expected[&format!("{name}_{side}")]);
+                // sums of hundreds of f32 log-probs; theirs is one of f32 too
+                assert!((ours - theirs).abs() < 1e-3, "{name} {side}: {ours} and {theirs}");
+            }
+        }
     }
 }
