@@ -76,13 +76,24 @@ pub fn write_with<E: From<WriteError>>(
     path: &Path,
     fill: impl FnOnce(&mut BufWriter<File>) -> Result<(), E>,
 ) -> Result<(), E> {
+    write_at(path, |partial| {
+        let mut file = BufWriter::new(File::create(partial).map_err(cannot_write(path))?);
+        fill(&mut file)?;
+        Ok(file.flush().map_err(cannot_write(path))?)
+    })
+}
+
+/// Makes a file out of the one that `fill` makes under the name it is given, all of it or none.
+///
+/// # Errors
+/// The system's, with the path, or `fill`'s; the temporary file is removed.
+pub fn write_at<E: From<WriteError>>(path: &Path, fill: impl FnOnce(&Path) -> Result<(), E>) -> Result<(), E> {
     remove_leftovers(path);
     let partial = temporary(path);
     let made = (|| {
-        let mut file = BufWriter::new(File::create(&partial).map_err(cannot_write(path))?);
-        fill(&mut file)?;
-        let file = file.into_inner().map_err(|e| cannot_write(path)(e.into_error()))?;
-        file.sync_all().map_err(cannot_write(path))?;
+        fill(&partial)?;
+        let sync = || File::open(&partial)?.sync_all();
+        sync().map_err(cannot_write(path))?;
         fs::rename(&partial, path).map_err(cannot_write(path))?;
         sync_parent(path);
         Ok(())

@@ -1,11 +1,11 @@
 //! `dpo-lora export`: an adapter for other programs.
 
-use super::merge::{check_free, make_parent};
+use super::merge::{check_free, is_gguf, make_parent, modelfile_of};
 use super::trained::{Trained, candle, described};
 use super::{Failure, failed, request};
 use crate::adapter::{Lora, peft};
 use crate::cli;
-use crate::export::card;
+use crate::export::{LoraGguf, card};
 use crate::export::check::{self, Finding, Form};
 use crate::files;
 use crate::progress::Console;
@@ -40,7 +40,6 @@ pub fn export(arguments: &cli::Export) -> Result<(), Failure> {
         console.fact("scale", format_args!("in B: {}, scale 1", described(&adapters)));
     }
 
-    let is_gguf = |out: &std::path::Path| out.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf"));
     let form = if arguments.out.as_deref().is_some_and(is_gguf) { Form::Gguf } else { Form::Peft };
     let mut refused = false;
     for &consumer in &arguments.check {
@@ -62,18 +61,27 @@ pub fn export(arguments: &cli::Export) -> Result<(), Failure> {
     let numbers: usize = adapters.iter().map(|lora: &Lora| lora.a().elem_count() + lora.b().elem_count()).sum();
     files::check_space(out, 4 * numbers).map_err(request)?;
     make_parent(out)?;
-    let (base, codec) = (trained.base_name(), trained.codec()?);
-    files::write_folder(out, |folder| {
-        peft::save(&adapters, &base, folder)?;
-        codec.save(folder)?;
-        trained.write_tokenizer(folder)?;
-        files::write(&folder.join("README.md"), trained.card(card::Kind::Adapter, &adapters).as_bytes())?;
-        Ok::<_, peft::SaveError>(())
-    })
-    .map_err(failed)?;
+    match form {
+        Form::Peft => {
+            let (base, codec) = (trained.base_name(), trained.codec()?);
+            files::write_folder(out, |folder| {
+                peft::save(&adapters, &base, folder)?;
+                codec.save(folder)?;
+                trained.write_tokenizer(folder)?;
+                files::write(&folder.join("README.md"), trained.card(card::Kind::Adapter, &adapters).as_bytes())?;
+                Ok::<_, peft::SaveError>(())
+            })
+            .map_err(failed)?;
+        }
+        Form::Gguf => {
+            let name = out.file_stem().unwrap_or_default().to_string_lossy();
+            let file = LoraGguf::plan(&adapters, &trained.decoder, &name).map_err(request)?;
+            file.write(out).map_err(failed)?;
+        }
+    }
     if arguments.modelfile {
         let adapter = std::path::absolute(out).unwrap_or_else(|_| out.clone());
-        trained.write_modelfile(&out.join("Modelfile"), trained.base.path(), Some(&adapter))?;
+        trained.write_modelfile(&modelfile_of(out), trained.base.path(), Some(&adapter))?;
     }
     console.line(format_args!("the adapter is in {}", out.display()));
     Ok(())

@@ -1,6 +1,6 @@
 //! `dpo-lora merge`: base and adapter as one model.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 use miette::Diagnostic;
@@ -14,15 +14,51 @@ use super::{Failure, failed, print_json, request};
 use crate::bytes;
 use crate::cli;
 use crate::export::card;
-use crate::export::{ExportError, Float, Merge, MergedFolder};
+use crate::export::{ExportError, Float, Merge, MergedFolder, MergedGguf};
 use crate::files;
 use crate::progress::Console;
+use crate::quant::Quant;
 
 #[derive(Debug, Error, Diagnostic)]
 enum MergeError {
     #[error("--type {0} is no type of a Hugging Face folder")]
     #[diagnostic(help("a folder has f32, f16 or bf16; block types need a file that ends in .gguf as --out"))]
     FolderType(String),
+    #[error("--type {0} is no type of a GGUF file")]
+    #[diagnostic(help("it is one of f32, {}", GGUF_TYPES.join(", ")))]
+    GgufType(String),
+}
+
+/// Types of a GGUF file, besides f32.
+const GGUF_TYPES: [&str; 12] =
+    ["f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "q3_k", "q2_k"];
+
+/// Element types of what is written.
+enum Type {
+    /// Of a folder, where it is not the base's.
+    Folder(Option<Float>),
+    Gguf(Quant),
+}
+
+impl Type {
+    fn of(out: &Path, name: Option<&str>) -> Result<Self, Failure> {
+        match (is_gguf(out), name) {
+            (false, None) => Ok(Self::Folder(None)),
+            (false, Some(name)) => {
+                let float = Float::from_str(name, true);
+                float.map(|float| Self::Folder(Some(float))).map_err(|_| request(MergeError::FolderType(name.into())))
+            }
+            (true, None) => Ok(Self::Gguf(Quant::F16)),
+            (true, Some(name)) => {
+                let name = name.to_ascii_lowercase();
+                match Quant::by_name(&name) {
+                    _ if name == "f32" => Ok(Self::Gguf(Quant::None)),
+                    Ok(quant) if GGUF_TYPES.contains(&quant.name()) => Ok(Self::Gguf(quant)),
+                    _ => Err(request(MergeError::GgufType(name))),
+                }
+            }
+        }
+    }
 }
 
 /// Merges adapters into their base.
@@ -33,7 +69,7 @@ pub fn merge(arguments: &cli::Merge) -> Result<(), Failure> {
     let console = Console::new(arguments.quiet);
     let out = arguments.out.as_path();
     check_free(out, arguments.force)?;
-    let float = folder_type(arguments.element_type.as_deref())?;
+    let element_type = Type::of(out, arguments.element_type.as_deref())?;
     let trained = Trained::open(&arguments.trained, &console)?;
     let data = match arguments.no_accounts {
         true => None,
@@ -42,30 +78,43 @@ pub fn merge(arguments: &cli::Merge) -> Result<(), Failure> {
     check_pairs(&arguments.held_out, data.as_ref())?;
     trained.base.fetch_weights(&console).map_err(from_base)?;
     let merge = Merge::new(&trained.base, &trained.decoder, &trained.adapters).map_err(request)?;
-    let folder = MergedFolder::plan(&merge, float, arguments.shard_size.get()).map_err(request)?;
-    files::check_space(out, folder.num_bytes()).map_err(request)?;
-    console.fact(
-        "writes",
-        format_args!("{}, {} in {}", out.display(), bytes::shown(folder.num_bytes()), folder.float().name()),
-    );
-    make_parent(out)?;
-    files::write_folder(out, |partial| {
-        folder.write(partial, &console)?;
-        files::write(&partial.join("README.md"), trained.card(card::Kind::Merged, &trained.adapters).as_bytes())?;
-        Ok::<_, ExportError>(trained.write_tokenizer(partial)?)
-    })
-    .map_err(failed)?;
+    let planned = |bytes: usize, name: &str| {
+        files::check_space(out, bytes).map_err(request)?;
+        console.fact("writes", format_args!("{}, {} in {name}", out.display(), bytes::shown(bytes)));
+        make_parent(out)
+    };
+    let written = match element_type {
+        Type::Folder(float) => {
+            let folder = MergedFolder::plan(&merge, float, arguments.shard_size.get()).map_err(request)?;
+            planned(folder.num_bytes(), folder.float().name())?;
+            files::write_folder(out, |partial| {
+                folder.write(partial, &console)?;
+                let card = trained.card(card::Kind::Merged, &trained.adapters);
+                files::write(&partial.join("README.md"), card.as_bytes())?;
+                Ok::<_, ExportError>(trained.write_tokenizer(partial)?)
+            })
+            .map_err(failed)?;
+            folder.float().name()
+        }
+        Type::Gguf(quant) => {
+            let codec = trained.codec()?;
+            let name = out.file_stem().unwrap_or_default().to_string_lossy();
+            let file = MergedGguf::plan(&merge, &codec, &name, quant).map_err(request)?;
+            let shown = if quant == Quant::None { "f32" } else { quant.name() };
+            planned(file.num_bytes().map_err(request)?, shown)?;
+            file.write(out, &console).map_err(failed)?;
+            shown
+        }
+    };
     if arguments.modelfile {
         let from = std::path::absolute(out).unwrap_or_else(|_| out.to_owned());
-        trained.write_modelfile(&out.join("Modelfile"), &from, None)?;
+        trained.write_modelfile(&modelfile_of(out), &from, None)?;
     }
-    let written = folder.float().name().to_owned();
-    drop(folder);
     let mut facts = json!({ "out": out, "type": written });
     let accounts = match arguments.no_accounts {
         true => None,
         false => {
-            let written = Written::open(out, Some(&written))?;
+            let written = Written::open(out, Some(written))?;
             let accounts = Accounts::take(&trained, &merge, &written, data.as_ref(), &arguments.held_out, &console)?;
             accounts.tell(&console);
             facts["accounts"] = accounts.json();
@@ -79,9 +128,14 @@ pub fn merge(arguments: &cli::Merge) -> Result<(), Failure> {
     accounts.map_or(Ok(()), |accounts| accounts.check(arguments.held_out.fail_if_kl, &console))
 }
 
-fn folder_type(name: Option<&str>) -> Result<Option<Float>, Failure> {
-    let Some(name) = name else { return Ok(None) };
-    Float::from_str(name, true).map(Some).map_err(|_| request(MergeError::FolderType(name.to_owned())))
+/// Whether a GGUF file is asked for.
+pub(super) fn is_gguf(out: &Path) -> bool {
+    out.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf"))
+}
+
+/// Where the Modelfile of what is written goes: into a folder, beside a file.
+pub(super) fn modelfile_of(out: &Path) -> PathBuf {
+    if is_gguf(out) { out.with_extension("Modelfile") } else { out.join("Modelfile") }
 }
 
 /// Refuses to write over something that nobody asked to replace.

@@ -33,10 +33,11 @@ const TEMPLATE: &str = "chat_template.jinja";
 /// A model's tokenizer, special tokens and chat template.
 #[derive(Debug)]
 pub struct Codec {
-    tokenizer: Tokenizer,
+    pub(super) tokenizer: Tokenizer,
     /// What the tokenizer puts before a text: the BOS, or nothing.
-    prefix: Vec<u32>,
-    eos: u32,
+    pub(super) prefix: Vec<u32>,
+    pub(super) eos: u32,
+    special_ids: SpecialIds,
     stop_tokens: Vec<u32>,
     /// Texts of the tokens that may end a turn.
     special: Vec<String>,
@@ -46,6 +47,14 @@ pub struct Codec {
     files: Vec<TokenizerFile>,
     /// Length of tokenizer.json.
     length: usize,
+}
+
+/// Tokens with a name, besides the EOS.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct SpecialIds {
+    pub(super) bos: Option<u32>,
+    pub(super) unknown: Option<u32>,
+    pub(super) padding: Option<u32>,
 }
 
 /// A file that belongs beside an adapter.
@@ -154,6 +163,8 @@ impl Codec {
             let problem = format!("names {eos_token:?} as eos_token, which the tokenizer does not have");
             DataError::file(&config_file, problem)
         })?;
+        let id = |name: &str| named(name).and_then(|token| tokenizer.token_to_id(token));
+        let special_ids = SpecialIds { bos: id("bos_token"), unknown: id("unk_token"), padding: id("pad_token") };
         // transformers makes every named token special, whatever tokenizer.json says
         let known = special_tokens.iter().filter(|(_, token)| tokenizer.token_to_id(token).is_some());
         let known: Vec<AddedToken> = known.map(|(_, token)| AddedToken::from(token.as_str(), true)).collect();
@@ -181,13 +192,17 @@ impl Codec {
                 stop_tokens.push(id);
             }
         }
-        Ok(Self { length, tokenizer, prefix, eos, stop_tokens, special, template, overridden, files })
+        Ok(Self { length, tokenizer, prefix, eos, special_ids, stop_tokens, special, template, overridden, files })
     }
 
     /// Text of `ids`, special tokens left out.
     #[must_use]
     pub fn decode(&self, ids: &[u32]) -> String {
         unpanicked(|| self.tokenizer.decode(ids, true)).unwrap_or_default()
+    }
+
+    pub(super) fn special_ids(&self) -> SpecialIds {
+        self.special_ids
     }
 
     /// A token as the vocabulary has it.

@@ -22,10 +22,13 @@ pub(super) struct Files {
 }
 
 /// Kinds of tokens, as llama.cpp numbers them.
-mod kind {
-    pub(super) const UNKNOWN: u64 = 2;
-    pub(super) const CONTROL: u64 = 3;
-    pub(super) const USER_DEFINED: u64 = 4;
+pub(super) mod kind {
+    pub(in crate::data) const NORMAL: u64 = 1;
+    pub(in crate::data) const UNKNOWN: u64 = 2;
+    pub(in crate::data) const CONTROL: u64 = 3;
+    pub(in crate::data) const USER_DEFINED: u64 = 4;
+    pub(in crate::data) const UNUSED: u64 = 5;
+    pub(in crate::data) const BYTE: u64 = 6;
 }
 
 /// How GPT-4's tokenizer and those after it split text, with at most so many digits together.
@@ -174,22 +177,12 @@ fn byte_level(metadata: &Metadata<'_>, tokens: &[&str]) -> Result<(Json, bool), 
     let pairs: Option<Vec<[&str; 2]>> =
         merges.iter().map(|merge| merge.split_once(' ').map(|(a, b)| [a, b])).collect();
     let pairs = pairs.ok_or_else(|| metadata.wrong("merges", "a list of pairs"))?;
-    let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false});
-    let alone = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
-    let split = |digits: &str| {
-        let split = json!({"type": "Split", "pattern": {"Regex": split_pattern(digits)}, "behavior": "Isolated", "invert": false});
-        json!({"type": "Sequence", "pretokenizers": [split, bytes]})
-    };
     let pre = metadata.text("pre")?.unwrap_or("default");
     // how text is split, whether it is normalised, whether a BOS comes first, whether whole words are looked up before merges
     let (pre_tokenizer, nfc, adds_bos, words_first) = match pre {
-        "llama-bpe" | "llama3" | "llama-v3" | "smaug-bpe" => (split(r"\p{N}{1,3}"), false, true, true),
-        "qwen2" | "qwen35" | "deepseek-r1-qwen" => (split(r"\p{N}"), true, false, false),
-        "gpt-2" => (alone, false, false, false),
-        "smollm" => {
-            let digits = json!({"type": "Digits", "individual_digits": true});
-            (json!({"type": "Sequence", "pretokenizers": [digits, alone]}), false, false, false)
-        }
+        "llama-bpe" | "llama3" | "llama-v3" | "smaug-bpe" => (pre_tokenizer("llama-bpe"), false, true, true),
+        "qwen2" | "qwen35" | "deepseek-r1-qwen" => (pre_tokenizer("qwen2"), true, false, false),
+        "gpt-2" | "smollm" => (pre_tokenizer(pre), false, false, false),
         other => {
             let problem =
                 format!("metadata `tokenizer.ggml.pre` is `{other}`, a way to split text that is not supported");
@@ -208,6 +201,42 @@ fn byte_level(metadata: &Metadata<'_>, tokens: &[&str]) -> Result<(Json, bool), 
         made["normalizer"] = json!({"type": "NFC"});
     }
     Ok((made, adds_bos))
+}
+
+/// Ways to split text before merges, by the name that llama.cpp gives them.
+fn pre_tokenizer(name: &str) -> Json {
+    let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false});
+    let alone = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let split = |digits: &str| {
+        let split = json!({"type": "Split", "pattern": {"Regex": split_pattern(digits)}, "behavior": "Isolated", "invert": false});
+        json!({"type": "Sequence", "pretokenizers": [split, bytes]})
+    };
+    match name {
+        "llama-bpe" => split(r"\p{N}{1,3}"),
+        "qwen2" => split(r"\p{N}"),
+        "smollm" => {
+            let digits = json!({"type": "Digits", "individual_digits": true});
+            json!({"type": "Sequence", "pretokenizers": [digits, alone]})
+        }
+        _ => alone,
+    }
+}
+
+/// The name of the way that a `tokenizer.json` splits text, if it has one.
+pub(super) fn name_of_pre_tokenizer(tokenizer: &Json) -> Option<&'static str> {
+    // where a piece of text was does not change its ids
+    fn essential(json: &Json) -> Json {
+        match json {
+            Json::Object(fields) => {
+                let kept = fields.iter().filter(|(key, _)| *key != "trim_offsets");
+                Json::Object(kept.map(|(key, value)| (key.clone(), essential(value))).collect())
+            }
+            Json::Array(items) => Json::Array(items.iter().map(essential).collect()),
+            other => other.clone(),
+        }
+    }
+    let given = essential(&tokenizer["pre_tokenizer"]);
+    ["llama-bpe", "qwen2", "smollm", "gpt-2"].into_iter().find(|name| essential(&pre_tokenizer(name)) == given)
 }
 
 /// Values under `tokenizer.ggml`.

@@ -10,6 +10,7 @@ mod dataset;
 mod encode;
 mod format;
 mod gguf_tokenizer;
+mod gguf_vocabulary;
 mod source;
 mod template;
 

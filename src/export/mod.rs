@@ -4,6 +4,7 @@ pub mod accounts;
 pub mod card;
 pub mod check;
 mod folder;
+mod gguf;
 mod merge;
 mod modelfile;
 
@@ -12,6 +13,7 @@ use thiserror::Error;
 
 pub(crate) use folder::copy_text_files;
 pub use folder::{Float, MergedFolder};
+pub use gguf::{LoraGguf, MergedGguf};
 pub use merge::Merge;
 pub use modelfile::modelfile;
 

@@ -70,6 +70,8 @@ pub struct LayerConfig {
 /// A table of rope.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
+    /// The base of the frequencies before any scaling.
+    pub theta: f64,
     /// Inverse frequencies, scaling applied, `[E/2]`.
     pub inverse_frequencies: Vec<f32>,
     /// Cosines and sines are multiplied by it.

@@ -46,6 +46,12 @@ impl BlockType {
         (14, "Q6_K", Self::Q6K),
     ];
 
+    /// Its number in a file.
+    #[must_use]
+    pub fn number(self) -> u32 {
+        Self::ALL.iter().find(|(_, _, kind)| *kind == self).map_or(0, |(number, _, _)| *number)
+    }
+
     /// Elements of a block.
     #[must_use]
     pub fn block_size(self) -> usize {

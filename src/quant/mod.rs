@@ -249,6 +249,16 @@ impl Quantized {
         Self { paired: Some(head_dim), ..self }
     }
 
+    /// Its bytes, if they are blocks of that type, with rows in the order of llama.cpp where heads of `paired` rows have it
+    /// and in Hugging Face's otherwise.
+    #[must_use]
+    pub fn blocks(&self, kind: BlockType, paired: Option<usize>) -> Option<&[u8]> {
+        match &self.format {
+            Format::Ggml(own, bytes) if *own == kind && self.paired == paired => Some(bytes),
+            _ => None,
+        }
+    }
+
     /// Dequantizes one row.
     ///
     /// # Panics

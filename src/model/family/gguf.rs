@@ -1,10 +1,11 @@
-//! A GGUF file's metadata under the names of `config.json`, so that the families' own files read it.
+//! A GGUF file's metadata under the names of `config.json`, so that the families' own files read it; and the other way
+//! round, as llama.cpp's `convert_hf_to_gguf.py` writes it.
 
 use serde_json::{Map, Number, Value, json};
 
 use super::{ConfigJson, DecoderConfig};
 use crate::gguf::{self, GgufFile};
-use crate::model::ModelError;
+use crate::model::{ModelError, Rope};
 
 /// GGUF architectures with their `model_type`.
 const ARCHITECTURES: [(&str, &str); 7] = [
@@ -145,6 +146,135 @@ fn divided(file: &GgufFile, mut decoder: DecoderConfig) -> Result<DecoderConfig,
         }
     }
     Ok(decoder)
+}
+
+/// What a decoder is in a GGUF file, but for its weights.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Description {
+    /// `general.architecture`
+    pub architecture: &'static str,
+    /// Everything under the architecture's name.
+    pub metadata: Vec<(String, gguf::Value)>,
+    /// Vectors that rope's scaling is given by.
+    pub tensors: Vec<(&'static str, Vec<f32>)>,
+}
+
+/// Describes a decoder as llama.cpp's converter does.
+#[must_use]
+pub fn describe(config: &DecoderConfig) -> Description {
+    let turns_everywhere = config.layers.iter().all(|layer| layer.rope.is_some());
+    let architecture = match () {
+        () if config.fused => "phi3",
+        () if config.post_norms && config.qk_norm => "gemma3",
+        () if config.post_norms => "gemma2",
+        () if config.qk_norm => "qwen3",
+        () if !turns_everywhere => "smollm3",
+        () if config.biases.query_key_value && !config.biases.output => "qwen2",
+        () => "llama",
+    };
+    let mut metadata: Vec<(String, gguf::Value)> = Vec::new();
+    let mut put = |key: &str, value: gguf::Value| metadata.push((format!("{architecture}.{key}"), value));
+    for (key, value) in [
+        ("block_count", config.num_layers()),
+        ("context_length", config.max_position_embeddings),
+        ("embedding_length", config.hidden_size),
+        ("feed_forward_length", config.intermediate_size),
+        ("attention.head_count", config.num_attention_heads),
+        ("attention.head_count_kv", config.num_key_value_heads),
+        ("attention.key_length", config.head_dim),
+        ("attention.value_length", config.head_dim),
+        ("rope.dimension_count", config.head_dim),
+        ("vocab_size", config.vocab_size),
+    ] {
+        put(key, value.into());
+    }
+    put("attention.layer_norm_rms_epsilon", config.rms_norm_eps.into());
+    let window = config.layers.iter().find_map(|layer| layer.window);
+    // of Phi 3 llama.cpp asks for it, 0 where there is none
+    if let Some(window) = window.or((architecture == "phi3").then_some(0)).filter(|_| architecture != "llama") {
+        put("attention.sliding_window", window.into());
+    }
+    for (key, cap) in
+        [("attn_logit_softcapping", config.attention_softcap), ("final_logit_softcapping", config.logit_softcap)]
+    {
+        if let Some(cap) = cap {
+            put(key, cap.into());
+        }
+    }
+    let mut tensors = Vec::new();
+    if let Some(rope) = config.ropes.first() {
+        put("rope.freq_base", rope.theta.into());
+        let factors = |scaled: &[f32]| divisors(rope, config.head_dim, scaled);
+        let divided = factors(&rope.inverse_frequencies);
+        match (&rope.long, divided.first()) {
+            (Some((original, long)), _) => {
+                put("rope.scaling.original_context_length", (*original).into());
+                put("rope.scaling.attn_factor", f64::from(rope.factor).into());
+                tensors.push(("rope_factors_long.weight", factors(long)));
+                tensors.push(("rope_factors_short.weight", divided));
+            }
+            (None, Some(&first)) if divided.iter().all(|factor| (factor / first - 1.0).abs() < 1e-6) => {
+                if (first - 1.0).abs() > 1e-6 {
+                    put("rope.scaling.type", "linear".into());
+                    put("rope.scaling.factor", short(f64::from(first)).into());
+                }
+            }
+            (None, _) => tensors.push(("rope_freqs.weight", divided)),
+        }
+    }
+    // Gemma 3's layers with a window
+    if let Some(local) = config.ropes.get(1) {
+        put("rope.freq_base_swa", local.theta.into());
+    }
+    Description { architecture, metadata, tensors }
+}
+
+/// What each frequency was divided by.
+fn divisors(rope: &Rope, head_dim: usize, scaled: &[f32]) -> Vec<f32> {
+    let plain = |j: usize| f64::from(rope.theta.powf(-((2 * j) as f64) / head_dim as f64) as f32);
+    scaled.iter().enumerate().map(|(j, &f)| (plain(j) / f64::from(f)) as f32).collect()
+}
+
+/// What a reader of the file would take for another model, of which it is `config` that is written: nothing, where the
+/// file says it all.
+#[must_use]
+pub fn difference(config: &DecoderConfig, read: &DecoderConfig) -> Option<&'static str> {
+    let near = |one: &[f32], two: &[f32]| {
+        one.len() == two.len() && one.iter().zip(two).all(|(one, two)| (one / two - 1.0).abs() < 1e-6)
+    };
+    let same_rope = |one: &Rope, two: &Rope| {
+        let long = match (&one.long, &two.long) {
+            (Some((a, one)), Some((b, two))) => a == b && near(one, two),
+            (one, two) => one.is_none() && two.is_none(),
+        };
+        long && near(&one.inverse_frequencies, &two.inverse_frequencies) && (one.factor - two.factor).abs() < 1e-6
+    };
+    let ropes = config.ropes.len() == read.ropes.len() && config.ropes.iter().zip(&read.ropes).all(|(a, b)| same_rope(a, b));
+    let of_layers = |what: fn(&crate::model::LayerConfig) -> Option<usize>| {
+        config.layers.iter().map(what).eq(read.layers.iter().map(what))
+    };
+    let close = |one: f64, two: f64| (one - two).abs() <= 1e-6 * one.abs();
+    let checks = [
+        ("its sizes", {
+            let sizes = |c: &DecoderConfig| {
+                (
+                    [c.hidden_size, c.intermediate_size, c.num_layers(), c.vocab_size, c.max_position_embeddings],
+                    [c.num_attention_heads, c.num_key_value_heads, c.head_dim],
+                )
+            };
+            sizes(config) == sizes(read)
+        }),
+        ("its norms", (config.qk_norm, config.post_norms) == (read.qk_norm, read.post_norms) && close(config.rms_norm_eps, read.rms_norm_eps)),
+        ("its biases", config.biases == read.biases),
+        ("its modules", config.fused == read.fused && config.tie_word_embeddings == read.tie_word_embeddings),
+        ("its activation", config.activation == read.activation),
+        ("the scale of its attention", close(config.attention_scale, read.attention_scale) && close(config.embedding_scale, read.embedding_scale)),
+        ("its soft caps", (config.attention_softcap, config.logit_softcap) == (read.attention_softcap, read.logit_softcap)),
+        ("the frequencies of its positions", ropes),
+        ("which layers have positions", of_layers(|layer| layer.rope)),
+        ("the windows of its layers", of_layers(|layer| layer.window)),
+    ];
+    checks.into_iter().find(|(_, same)| !same).map(|(what, _)| what)
 }
 
 fn plain(value: &gguf::Value) -> Value {

@@ -110,7 +110,7 @@ impl ConfigJson {
                 return Err(self.error(format!("rope scaling `{other}` is not supported"), Some(help)));
             }
         };
-        Ok(Rope { inverse_frequencies: single(scaled), factor: factor as f32, long })
+        Ok(Rope { theta, inverse_frequencies: single(scaled), factor: factor as f32, long })
     }
 }
 

@@ -1,6 +1,8 @@
 //! GGUF files, read by memory map and as hostile: nothing is believed before it is checked, nothing is allocated because a
 //! file claims it. Versions 2 and 3, little-endian.
 
+mod write;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
@@ -8,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use memmap2::Mmap;
+pub use write::{Header, TensorWriter};
 
 use crate::quant::ggml::BlockType;
 use crate::quant::{Bytes, Quantized};
@@ -169,6 +172,11 @@ impl GgufFile {
         self.metadata.get(key)
     }
 
+    /// All of the metadata.
+    pub fn all_metadata(&self) -> impl Iterator<Item = (&str, &Value)> {
+        self.metadata.iter().map(|(key, value)| (key.as_str(), value))
+    }
+
     /// All tensors by name.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, &TensorInfo)> {
         self.tensors.iter().map(|(name, info)| (name.as_str(), info))
@@ -235,7 +243,7 @@ impl From<String> for Broken {
 }
 
 type Read<T> = Result<T, Broken>;
-type Header = (BTreeMap<String, Value>, BTreeMap<String, TensorInfo>);
+type Entries = (BTreeMap<String, Value>, BTreeMap<String, TensorInfo>);
 
 struct Reader<'b> {
     bytes: &'b [u8],
@@ -243,7 +251,7 @@ struct Reader<'b> {
 }
 
 impl<'b> Reader<'b> {
-    fn header(mut self) -> Read<Header> {
+    fn header(mut self) -> Read<Entries> {
         if self.bytes.get(..4) != Some(b"GGUF") {
             return Err("is no GGUF file: it does not begin with `GGUF`".to_owned().into());
         }
@@ -434,88 +442,30 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// Writes a GGUF file. Only what the tests need, and by the format's description, not by the reader's code.
+    /// A GGUF file in memory.
     #[derive(Default)]
     pub(crate) struct Writer {
-        metadata: Vec<u8>,
-        values: u64,
-        infos: Vec<u8>,
-        data: Vec<u8>,
-        tensors: u64,
+        header: Header,
+        data: Vec<Vec<u8>>,
     }
 
     impl Writer {
-        fn text(to: &mut Vec<u8>, text: &str) {
-            to.extend((text.len() as u64).to_le_bytes());
-            to.extend(text.as_bytes());
-        }
-
-        fn raw(value: &Value, to: &mut Vec<u8>) -> u32 {
-            match value {
-                Value::Unsigned(n) => {
-                    to.extend((*n as u32).to_le_bytes());
-                    4
-                }
-                Value::Signed(n) => {
-                    to.extend((*n as i32).to_le_bytes());
-                    5
-                }
-                Value::Float(x) => {
-                    to.extend((*x as f32).to_le_bytes());
-                    6
-                }
-                Value::Bool(flag) => {
-                    to.push(u8::from(*flag));
-                    7
-                }
-                Value::Text(text) => {
-                    Self::text(to, text);
-                    8
-                }
-                Value::Array(values) => {
-                    let mut items = Vec::new();
-                    let kind = values.iter().map(|value| Self::raw(value, &mut items)).last().unwrap_or(4);
-                    to.extend(kind.to_le_bytes());
-                    to.extend((values.len() as u64).to_le_bytes());
-                    to.extend(items);
-                    9
-                }
-            }
-        }
-
         pub(crate) fn value(mut self, key: &str, value: Value) -> Self {
-            Self::text(&mut self.metadata, key);
-            let mut raw = Vec::new();
-            let kind = Self::raw(&value, &mut raw);
-            self.metadata.extend(kind.to_le_bytes());
-            self.metadata.extend(raw);
-            self.values += 1;
+            self.header.value(key, value);
             self
         }
 
         pub(crate) fn tensor(mut self, name: &str, shape: &[usize], kind: BlockType, values: &[f32]) -> Self {
-            Self::text(&mut self.infos, name);
-            self.infos.extend((shape.len() as u32).to_le_bytes());
-            for &size in shape.iter().rev() {
-                self.infos.extend((size as u64).to_le_bytes());
-            }
-            let (number, _, _) = BlockType::ALL.into_iter().find(|(_, _, k)| *k == kind).expect("a type");
-            self.infos.extend(number.to_le_bytes());
-            self.infos.extend((self.data.len() as u64).to_le_bytes());
-            self.data.extend(kind.quantize(values));
-            self.data.resize(self.data.len().next_multiple_of(32), 0);
-            self.tensors += 1;
+            self.header.tensor(name, shape, kind).expect("it fits");
+            self.data.push(kind.quantize(values));
             self
         }
 
-        pub(crate) fn bytes(&self) -> Vec<u8> {
-            let mut bytes = b"GGUF\x03\0\0\0".to_vec();
-            bytes.extend(self.tensors.to_le_bytes());
-            bytes.extend(self.values.to_le_bytes());
-            bytes.extend(&self.metadata);
-            bytes.extend(&self.infos);
-            bytes.resize(bytes.len().next_multiple_of(32), 0);
-            bytes.extend(&self.data);
+        pub(crate) fn bytes(self) -> Vec<u8> {
+            let mut bytes = Vec::new();
+            let mut writer = self.header.write(&mut bytes).expect("written");
+            self.data.iter().for_each(|data| writer.put(data).expect("as many as announced"));
+            writer.finish().expect("whole");
             bytes
         }
     }
