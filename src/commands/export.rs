@@ -5,8 +5,8 @@ use super::trained::{Trained, candle, described};
 use super::{Failure, failed, request};
 use crate::adapter::{Lora, peft};
 use crate::cli;
-use crate::export::{LoraGguf, card};
 use crate::export::check::{self, Finding, Form};
+use crate::export::{LoraGguf, card};
 use crate::files;
 use crate::progress::Console;
 

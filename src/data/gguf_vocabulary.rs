@@ -68,14 +68,19 @@ impl Codec {
         } else {
             put("model", "gpt2".into());
             let pre = gguf_tokenizer::name_of_pre_tokenizer(&json);
-            put("pre", pre.ok_or_else(|| error("splits text in a way that GGUF files have no name for here"))?.into());
+            put(
+                "pre",
+                pre.ok_or_else(|| error("splits text in a way that GGUF files have no name for here"))?.into(),
+            );
             let joined = |(left, right): &(&str, &str)| Value::Text(format!("{left} {right}"));
             put("merges", Value::Array(merges.iter().map(joined).collect()));
         }
         put("tokens", Value::Array(texts));
         put("token_type", Value::Array(kinds));
         let ids = self.special_ids();
-        for (name, id) in [("bos", ids.bos), ("eos", Some(self.eos)), ("unknown", ids.unknown), ("padding", ids.padding)] {
+        for (name, id) in
+            [("bos", ids.bos), ("eos", Some(self.eos)), ("unknown", ids.unknown), ("padding", ids.padding)]
+        {
             if let Some(id) = id {
                 put(&format!("{name}_token_id"), Value::Unsigned(id.into()));
             }

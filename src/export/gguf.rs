@@ -12,7 +12,7 @@ use super::{ExportError, Merge};
 use crate::adapter::Adapters;
 use crate::data::Codec;
 use crate::files::{self, cannot_write};
-use crate::gguf::{GgufFile, Header, Value};
+use crate::gguf::{GgufFile, Header, TensorWriter, Value};
 use crate::model::{BaseFiles, DecoderConfig, ModelError, Part, family};
 use crate::progress::{Bar, Console};
 use crate::quant::ggml::BlockType;
@@ -101,8 +101,9 @@ impl<'m> MergedGguf<'m> {
                     "general.quantization_version",
                     "tokenizer.chat_template",
                 ];
-                let stays =
-                    |key: &str| !OTHER.contains(&key) && !["split.", "quantize."].iter().any(|of| key.starts_with(of));
+                let stays = |key: &str| {
+                    !OTHER.contains(&key) && !["split.", "quantize."].iter().any(|of| key.starts_with(of))
+                };
                 let kept = file.all_metadata().filter(|(key, _)| stays(key));
                 metadata.extend(kept.map(|(key, value)| (key.to_owned(), value.clone())));
                 if let Some(template) = codec.chat_template() {
@@ -175,12 +176,13 @@ impl<'m> MergedGguf<'m> {
             // first without a weight, so that nobody waits for hours to be told what could be known before
             let is_vector = |tensor: &&Planned| matches!(tensor.content, Content::Vector(_));
             let vectors = self.tensors.iter().take_while(is_vector);
-            self.write_tensors(header, vectors, partial, path, &Console::silent().bytes_bar("", 0))?;
-            let file = File::options().write(true).open(partial);
-            file.and_then(|file| file.set_len(length as u64)).map_err(cannot_write(path))?;
+            let begun = self.write_tensors(header, vectors, partial, path, &Console::silent().bytes_bar("", 0))?;
+            let fill_up = || begun.stop()?.into_inner()?.set_len(length as u64);
+            fill_up().map_err(cannot_write(path))?;
             self.check(partial, console)?;
             let bar = console.bytes_bar("merging", tensors);
-            self.write_tensors(self.header()?, self.tensors.iter(), partial, path, &bar)
+            let written = self.write_tensors(self.header()?, self.tensors.iter(), partial, path, &bar)?;
+            Ok(written.finish().map_err(cannot_write(path))?)
         })
     }
 
@@ -192,7 +194,7 @@ impl<'m> MergedGguf<'m> {
         partial: &Path,
         path: &Path,
         bar: &Bar<'_>,
-    ) -> Result<(), ExportError> {
+    ) -> Result<TensorWriter<BufWriter<File>>, ExportError> {
         let file = BufWriter::new(File::create(partial).map_err(cannot_write(path))?);
         let mut writer = header.write(file).map_err(cannot_write(path))?;
         for tensor in tensors {
@@ -201,7 +203,7 @@ impl<'m> MergedGguf<'m> {
                 Ok(writer.put(bytes).map_err(cannot_write(path))?)
             })?;
         }
-        Ok(writer.finish().map_err(cannot_write(path))?)
+        Ok(writer)
     }
 
     /// Whether a reader makes of the file what it was written of.

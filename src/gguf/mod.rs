@@ -188,6 +188,12 @@ impl GgufFile {
         self.tensors.get(name)
     }
 
+    /// A tensor's bytes as they are in the file.
+    #[must_use]
+    pub fn raw(&self, name: &str) -> Option<&[u8]> {
+        self.map.get(self.tensor(name)?.bytes.clone())
+    }
+
     /// A matrix in its blocks, which stay in the file.
     ///
     /// # Errors

@@ -111,6 +111,15 @@ impl<W: Write> TensorWriter<W> {
         Ok(())
     }
 
+    /// Leaves the file as it is, with tensors missing.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn stop(mut self) -> io::Result<W> {
+        self.out.flush()?;
+        Ok(self.out)
+    }
+
     /// Ends the file.
     ///
     /// # Errors
@@ -214,7 +223,10 @@ mod tests {
         header.value("a", Value::from(1usize));
         header.tensor("x", &[2, 3], BlockType::F32).expect("it fits");
         header.tensor("y", &[1, 32], BlockType::Q8_0).expect("it fits");
-        assert!(header.tensor("z", &[2, 31], BlockType::Q8_0).is_err() && header.tensor("z", &[], BlockType::F32).is_err());
+        assert!(
+            header.tensor("z", &[2, 31], BlockType::Q8_0).is_err()
+                && header.tensor("z", &[], BlockType::F32).is_err()
+        );
         let length = header.num_bytes();
         let mut bytes = Vec::new();
         let mut writer = header.write(&mut bytes).expect("written");

@@ -27,8 +27,11 @@ fn last(accounts: &Value, key: &str) -> f64 {
     accounts["held_out"]["models"].as_array().expect("models").last().expect("one")[key].as_f64().expect("a number")
 }
 
-/// Every file of a folder with its bytes.
+/// Every file of a folder with its bytes, or of the one file.
 fn contents(folder: &Path) -> Vec<(String, Vec<u8>)> {
+    if folder.is_file() {
+        return vec![(String::new(), fs::read(folder).expect("read"))];
+    }
     let mut files: Vec<_> = fs::read_dir(folder)
         .expect("a folder")
         .flatten()
@@ -193,14 +196,62 @@ fn an_export_is_what_its_readers_take() {
     assert!(last(&facts["accounts"], "kl") < 1e-8, "{facts}");
 }
 
+#[test]
+fn a_gguf_file_is_the_model_and_what_its_blocks_lose_is_told() {
+    let place = trained();
+    let merge = |out: &str, more: &[&str]| place.run(&[&["merge", "run", "--out", out, "--json"], more].concat());
+    let exact = ok(&merge("f32.gguf", &["--type", "f32", "--modelfile", "--fail-if-kl", "1e-6"]));
+    assert_eq!(exact["type"], "f32");
+    assert!(last(&exact["accounts"], "largest_difference") < 1e-3, "{exact}");
+    let modelfile = place.read("f32.Modelfile");
+    assert!(modelfile.contains(&format!("FROM {}", place.path("f32.gguf").display())), "{modelfile}");
+
+    // the fewer bits, the more of the update is lost, and the table says it
+    let mut kept = vec![1.0 + 1e-6];
+    let mut kl = vec![0.0];
+    for name in ["f16", "q8_0", "q4_0"] {
+        let facts = ok(&merge(&format!("{name}.gguf"), &["--type", name]));
+        assert_eq!(facts["type"], name);
+        kl.push(last(&facts["accounts"], "kl"));
+        let layers = facts["accounts"]["layers"].as_array().expect("layers");
+        kept.push(layers.last().expect("all")["rounding"].as_f64().expect("a number"));
+    }
+    assert!(kl.windows(2).all(|two| two[0] < two[1]), "{kl:?}");
+    assert!(kept[1..].windows(2).all(|two| two[0] < two[1]), "{kept:?}");
+    let rounded = merge("q2_k.gguf", &["--type", "q2_k", "--fail-if-kl", "1e-6"]);
+    assert_eq!(rounded.status.code(), Some(3), "{}", stderr(&rounded));
+    assert!(stderr(&rounded).contains("merged, q2_k"), "{}", stderr(&rounded));
+    for (out, kind, expected) in [
+        ("x.gguf", "nf4", "--type nf4 is no type of a GGUF file"),
+        ("x.gguf", "q4_k_m", "--type q4_k_m is no type of a GGUF file"),
+    ] {
+        let output = merge(out, &["--type", kind]);
+        assert_eq!(output.status.code(), Some(2));
+        assert!(stderr(&output).contains(expected), "{}", stderr(&output));
+    }
+
+    // it is a base like any other, with tokenizer and template
+    let source = format!("model.source={:?}", place.path("q8_0.gguf"));
+    place.train("again", &["--set", &source, "--set", "train.steps=2"]);
+    // merged once more it stays in GGUF
+    let again = ok(&place.run(&["merge", "again", "--out", "again.gguf", "--type", "q8_0", "--json"]));
+    assert!(last(&again["accounts"], "top1") > 0.9, "{again}");
+    let folder = place.run(&["merge", "again", "--out", "again-folder"]);
+    assert!(stderr(&folder).contains("name a file that ends in .gguf"), "{}", stderr(&folder));
+
+    ok(&place.run(&["export", "run", "--out", "lora.gguf", "--modelfile", "--check", "llama.cpp"]));
+    let modelfile = place.read("lora.Modelfile");
+    assert!(modelfile.contains(&format!("ADAPTER {}", place.path("lora.gguf").display())), "{modelfile}");
+}
+
 /// Kills merges and exports at moments spread over what one takes.
 #[test]
 fn a_killed_merge_or_export_leaves_the_old_or_the_new() {
     let place = trained();
     place.train("other", &["--set", "train.steps=3"]);
-    for command in ["merge", "export"] {
+    for (command, out) in [("merge", "out"), ("export", "out"), ("merge", "out.gguf"), ("export", "out-lora.gguf")] {
         let run = |adapter: &str| {
-            let mut arguments = vec![command, adapter, "--out", "out", "--force"];
+            let mut arguments = vec![command, adapter, "--out", out, "--force"];
             if command == "merge" {
                 arguments.extend(["--no-accounts", "--shard-size", "500KB"]);
             }
@@ -212,21 +263,23 @@ fn a_killed_merge_or_export_leaves_the_old_or_the_new() {
             let started = std::time::Instant::now();
             assert!(run(adapter).stderr(Stdio::null()).status().expect("started").success());
             took = started.elapsed();
-            versions.push(contents(&place.path("out")));
+            versions.push(contents(&place.path(out)));
         }
         assert_ne!(versions[0], versions[1]);
         let mut seen = [0, 0];
         for attempt in 0..40 {
             let adapter = ["run", "other"][attempt % 2];
             let mut child = run(adapter).stderr(Stdio::null()).spawn().expect("started");
-            std::thread::sleep(took.mul_f64(attempt as f64 / 36.0));
+            std::thread::sleep(took.mul_f64(attempt as f64 / 26.0));
             let _ = child.kill();
             child.wait().expect("ended");
-            let found = contents(&place.path("out"));
+            let found = contents(&place.path(out));
             let version = versions.iter().position(|version| *version == found);
-            seen[version.unwrap_or_else(|| panic!("{command}, attempt {attempt}: neither the old nor the new"))] += 1;
+            seen[version
+                .unwrap_or_else(|| panic!("{command} to {out}, attempt {attempt}: neither the old nor the new"))] +=
+                1;
         }
-        assert!(seen.iter().all(|&count| count > 0), "{command}: {seen:?}");
+        assert!(seen.iter().all(|&count| count > 0), "{command} to {out}: {seen:?}");
         // the next one clears what was left half-written
         assert!(run("run").stderr(Stdio::null()).status().expect("started").success());
         let left: Vec<String> =
@@ -250,14 +303,15 @@ fn a_write_that_fails_says_so_and_leaves_nothing() {
     let place = trained();
     place.write("out/old", "old");
     let program = env!("CARGO_BIN_EXE_dpo-lora");
-    let script = format!("trap '' XFSZ; ulimit -f 2000; exec {program} merge run --out out --force --no-accounts -q");
-    let output = Command::new("sh").args(["-c", &script]).current_dir(place.path("")).output().expect("started");
-    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
-    assert!(
-        stderr(&output).contains("cannot write") && stderr(&output).contains("model.safetensors"),
-        "{}",
-        stderr(&output)
-    );
+    for (out, file) in [("out", "model.safetensors"), ("out.gguf", "out.gguf")] {
+        let script =
+            format!("trap '' XFSZ; ulimit -f 2000; exec {program} merge run --out {out} --force --no-accounts -q");
+        let output = Command::new("sh").args(["-c", &script]).current_dir(place.path("")).output().expect("started");
+        assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+        let said = stderr(&output);
+        assert!(said.contains("cannot write") && said.contains(file), "{said}");
+    }
+    assert!(!place.path("out.gguf").exists());
     assert_eq!(contents_of(&place.path("out")), ["old"]);
     assert!(!contents_of(&place.path("")).iter().any(|name| name.contains(".partial")));
 }

@@ -76,8 +76,9 @@ pub fn read_gguf(file: &GgufFile) -> Result<DecoderConfig, ModelError> {
         put("vocab_size", json!(size));
     }
     put("tie_word_embeddings", json!(file.tensor("output.weight").is_none()));
-    let bias = file.tensor("blk.0.attn_q.bias").is_some();
-    put("attention_bias", json!(bias));
+    for (key, tensor) in [("attention_bias", "blk.0.attn_q.bias"), ("mlp_bias", "blk.0.ffn_up.bias")] {
+        put(key, json!(file.tensor(tensor).is_some()));
+    }
     let scaling = scaling(file, architecture, &wrong)?;
     if let Some(scaling) = scaling {
         put("rope_scaling", scaling);
@@ -249,7 +250,8 @@ pub fn difference(config: &DecoderConfig, read: &DecoderConfig) -> Option<&'stat
         };
         long && near(&one.inverse_frequencies, &two.inverse_frequencies) && (one.factor - two.factor).abs() < 1e-6
     };
-    let ropes = config.ropes.len() == read.ropes.len() && config.ropes.iter().zip(&read.ropes).all(|(a, b)| same_rope(a, b));
+    let ropes =
+        config.ropes.len() == read.ropes.len() && config.ropes.iter().zip(&read.ropes).all(|(a, b)| same_rope(a, b));
     let of_layers = |what: fn(&crate::model::LayerConfig) -> Option<usize>| {
         config.layers.iter().map(what).eq(read.layers.iter().map(what))
     };
@@ -264,15 +266,25 @@ pub fn difference(config: &DecoderConfig, read: &DecoderConfig) -> Option<&'stat
             };
             sizes(config) == sizes(read)
         }),
-        ("its norms", (config.qk_norm, config.post_norms) == (read.qk_norm, read.post_norms) && close(config.rms_norm_eps, read.rms_norm_eps)),
+        (
+            "its norms",
+            (config.qk_norm, config.post_norms) == (read.qk_norm, read.post_norms)
+                && close(config.rms_norm_eps, read.rms_norm_eps),
+        ),
         ("its biases", config.biases == read.biases),
         ("its modules", config.fused == read.fused && config.tie_word_embeddings == read.tie_word_embeddings),
         ("its activation", config.activation == read.activation),
-        ("the scale of its attention", close(config.attention_scale, read.attention_scale) && close(config.embedding_scale, read.embedding_scale)),
-        ("its soft caps", (config.attention_softcap, config.logit_softcap) == (read.attention_softcap, read.logit_softcap)),
+        (
+            "the scale of its attention",
+            close(config.attention_scale, read.attention_scale)
+                && close(config.embedding_scale, read.embedding_scale),
+        ),
+        (
+            "its soft caps",
+            (config.attention_softcap, config.logit_softcap) == (read.attention_softcap, read.logit_softcap),
+        ),
         ("the frequencies of its positions", ropes),
         ("which layers have positions", of_layers(|layer| layer.rope)),
-        ("the windows of its layers", of_layers(|layer| layer.window)),
     ];
     checks.into_iter().find(|(_, same)| !same).map(|(what, _)| what)
 }
