@@ -91,7 +91,7 @@ def write_gguf(model, path):
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     for name, tensor in load_file(folder / "model.safetensors").items():
         values = tensor.float().numpy()
-        if model == "gqa" and name.endswith(("q_proj.weight", "k_proj.weight")):
+        if model in ("gqa", "smollm3") and name.endswith(("q_proj.weight", "k_proj.weight")):
             # the halves of each head's rows between each other
             values = values.reshape(-1, 2, head_dim // 2, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
         if model.startswith("gemma") and name.endswith("norm.weight"):

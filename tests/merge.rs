@@ -163,22 +163,41 @@ fn tokenizer() -> tempfile::TempDir {
     folder
 }
 
-/// A fixture, with what llama.cpp takes for granted and its files say nothing of: the scale of Gemma's attention and its
-/// pattern of windows, which layers of SmolLM3 have positions.
+/// A fixture, with what llama.cpp takes for granted and its files say nothing of: the scale of Gemma's attention, one layer
+/// of six without a window in Gemma 3, and one of four without positions in SmolLM3.
 fn as_llama_cpp_has_it(name: &str, place: &Path) -> PathBuf {
-    let own = folder(name);
-    if !["gemma2", "gemma3", "smollm3"].contains(&name) {
-        return own;
-    }
-    let copy = place.join(name);
+    let layers = match name {
+        "gemma2" => 2,
+        "gemma3" => 6,
+        "smollm3" => 4,
+        _ => return folder(name),
+    };
+    let (own, copy) = (folder(name), place.join(name));
     std::fs::create_dir(&copy).expect("made");
-    std::fs::copy(own.join("model.safetensors"), copy.join("model.safetensors")).expect("copied");
+    let mut tensors =
+        candle_core::safetensors::load(own.join("model.safetensors"), &Device::Cpu).expect("a model of two layers");
+    for (name, tensor) in tensors.clone() {
+        for layer in 2..layers {
+            if let Some(rest) = name.strip_prefix(&format!("model.layers.{}.", layer % 2)) {
+                tensors.insert(format!("model.layers.{layer}.{rest}"), tensor.clone());
+            }
+        }
+    }
+    candle_core::safetensors::save(&tensors, copy.join("model.safetensors")).expect("written");
     let text = std::fs::read_to_string(own.join("config.json")).expect("there");
     let mut config: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    config["num_hidden_layers"] = layers.into();
     config["query_pre_attn_scalar"] = config["head_dim"].clone();
+    let of_layers = |of: fn(usize) -> serde_json::Value| (1..=layers).map(of).collect();
     match name {
-        "gemma3" => config["layer_types"] = serde_json::json!(["sliding_attention", "sliding_attention"]),
-        "smollm3" => config["no_rope_layers"] = serde_json::json!([1, 1]),
+        "gemma3" => {
+            let kind = |i: usize| if i == 6 { "full_attention" } else { "sliding_attention" }.into();
+            config["layer_types"] = of_layers(kind);
+        }
+        "smollm3" => {
+            config["no_rope_layers"] = of_layers(|i| usize::from(i != 4).into());
+            config.as_object_mut().expect("an object").remove("layer_types");
+        }
         _ => {}
     }
     std::fs::write(copy.join("config.json"), config.to_string()).expect("written");
@@ -455,7 +474,10 @@ fn an_adapter_in_gguf_is_the_same_update() {
                     let shape = &file.tensor(&name).expect("there").shape;
                     let matrix = file.matrix(&name, [shape[0], shape[1]]).expect("a matrix");
                     // its rows back in Hugging Face's order
-                    let matrix = match architecture == "llama" && part.is_turned() && end == "lora_b" {
+                    let matrix = match ["llama", "smollm3"].contains(&architecture.as_str())
+                        && part.is_turned()
+                        && end == "lora_b"
+                    {
                         true => matrix.unpaired(config.head_dim),
                         false => matrix,
                     };

@@ -873,6 +873,37 @@ fn the_tokenizer_in_a_gguf_file_is_the_original() {
 }
 
 #[test]
+fn tokenizers_that_we_write_as_gguf_are_the_originals() {
+    let Some(real) = real("tokenizers_that_we_write_as_gguf_are_the_originals") else { return };
+    let texts = real_texts(&real);
+    let place = tempfile::tempdir().expect("a folder");
+    for (folder, vocabulary) in
+        [("tokenizers/tinyllama-1.1b", 32000), ("tokenizers/qwen3", 151_936), ("stories260K", 512)]
+    {
+        let codec = Codec::open(&real.join(folder), None).expect("a tokenizer");
+        let mut header = crate::gguf::Header::default();
+        for (key, value) in codec.gguf_metadata(vocabulary, &real).expect("GGUF has a place for it") {
+            header.value(key, value);
+        }
+        let file = place.path().join("vocabulary.gguf");
+        header.write(fs::File::create(&file).expect("made")).and_then(|writer| writer.finish()).expect("written");
+        let read = Codec::open(&file, None).expect("read");
+        assert_eq!(codec.first_difference(&read), None, "{folder}");
+        assert_same_ids(&real.join(folder), &file, &texts);
+        assert_eq!(codec.chat_template(), read.chat_template(), "{folder}");
+        assert_eq!(codec.stop_tokens(), read.stop_tokens(), "{folder}");
+    }
+    // one of another kind has no place
+    let other = place.path().join("other");
+    fs::create_dir(&other).expect("made");
+    let json = r#"{"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}"#;
+    fs::write(other.join("tokenizer.json"), json).expect("written");
+    fs::write(other.join("tokenizer_config.json"), r#"{"eos_token": "a"}"#).expect("written");
+    let error = Codec::open(&other, None).expect("read").gguf_metadata(1, &other).expect_err("no words");
+    assert!(error.to_string().contains("WordLevel"), "{error}");
+}
+
+#[test]
 fn tokenizers_written_as_gguf_are_the_originals() {
     use crate::gguf::Value as G;
     use crate::gguf::tests::Writer;

@@ -38,9 +38,6 @@ const FILE_TYPES: [(Quant, u64); 13] = [
     (Quant::Bf16, 32),
 ];
 
-/// The architecture whose q and k llama.cpp turns: the two halves of each head's rows between each other.
-const TURNED: &str = "llama";
-
 /// A merged model as a GGUF file, before it is written.
 pub struct MergedGguf<'m> {
     merge: &'m Merge<'m>,
@@ -138,7 +135,7 @@ impl<'m> MergedGguf<'m> {
             let shape = part.shape().to_vec();
             tensors.push(Planned { name: part.gguf_name(), shape, kind, content: Content::Part(part) });
         }
-        Ok(Self { merge, codec, metadata, tensors, turned: architecture == TURNED })
+        Ok(Self { merge, codec, metadata, tensors, turned: family::is_paired(&architecture) })
     }
 
     fn header(&self) -> Result<Header, ExportError> {
@@ -324,7 +321,7 @@ impl LoraGguf {
             let b = lora.b().to_dtype(DType::F64)?;
             // a scale that is the file's already is not rounded once more
             let b = if (by - 1.0).abs() < 1e-7 { b } else { (b * by)? }.to_dtype(DType::F32)?;
-            let b = match architecture == TURNED && part.is_turned() {
+            let b = match family::is_paired(architecture) && part.is_turned() {
                 true => Tensor::from_vec(
                     turn(&b.flatten_all()?.to_vec1::<f32>()?, lora.rank(), config.head_dim),
                     b.dims(),

@@ -11,6 +11,7 @@ use serde_json::Value;
 use super::ModelError;
 use super::config::{DecoderConfig, Projection};
 use super::decoder::Decoder;
+use super::family;
 use super::layer::{Layer, Linear};
 use crate::gguf::{self, GgufFile};
 use crate::progress::{Bar, Console};
@@ -264,7 +265,7 @@ impl Part {
         matches!(self.place, Place::Embedding | Place::Head)
     }
 
-    /// Whether its rows are those of queries or keys, which llama.cpp turns in Llama's architecture.
+    /// Whether its rows are those of queries or keys, which llama.cpp turns in some architectures.
     #[must_use]
     pub fn is_turned(&self) -> bool {
         matches!(
@@ -413,8 +414,8 @@ struct GgufReader<'f> {
 
 impl<'f> GgufReader<'f> {
     fn new(file: &'f GgufFile, config: &DecoderConfig, dtype: DType) -> Self {
-        // llama.cpp turns the pairs of a head's rows next to each other, in this architecture alone
-        let paired = file.metadata("general.architecture").and_then(gguf::Value::as_str) == Some("llama");
+        let paired =
+            file.metadata("general.architecture").and_then(gguf::Value::as_str).is_some_and(family::is_paired);
         let unused = file.tensors().map(|(name, _)| name).collect();
         Self { file, unused, paired: paired.then_some(config.head_dim), dtype }
     }

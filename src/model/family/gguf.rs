@@ -18,6 +18,13 @@ const ARCHITECTURES: [(&str, &str); 7] = [
     ("smollm3", "smollm3"),
 ];
 
+/// Whether llama.cpp has q and k of an architecture with the two halves of each head's rows between each other. See
+/// [`paired_row`](crate::quant::paired_row).
+#[must_use]
+pub fn is_paired(architecture: &str) -> bool {
+    ["llama", "smollm3"].contains(&architecture)
+}
+
 /// Fields of `config.json` with what follows the architecture in GGUF's keys.
 pub(super) const KEYS: [(&str, &str); 18] = [
     ("hidden_size", "embedding_length"),
@@ -66,7 +73,9 @@ pub fn read_gguf(file: &GgufFile) -> Result<DecoderConfig, ModelError> {
     value.insert("model_type".into(), json!(model_type));
     let mut put = |key: &str, given: Value| drop(value.insert(key.into(), given));
     for (key, suffix) in KEYS {
-        if let Some(given) = file.metadata(&format!("{architecture}.{suffix}")) {
+        // Phi 3's converter writes no window as 0
+        let none = |given: &gguf::Value| key == "sliding_window" && given.as_u64() == Some(0);
+        if let Some(given) = file.metadata(&format!("{architecture}.{suffix}")).filter(|given| !none(given)) {
             put(key, plain(given));
         }
     }

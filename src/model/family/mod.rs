@@ -25,7 +25,7 @@ mod smollm3;
 
 use std::path::{Path, PathBuf};
 
-pub use gguf::{Description, describe, difference, read_gguf};
+pub use gguf::{Description, describe, difference, is_paired, read_gguf};
 use serde_json::Value;
 
 use super::config::{Biases, LayerConfig};

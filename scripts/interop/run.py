@@ -1,9 +1,9 @@
 """Loads the adapter of a run in PEFT and compares: run by hand, after `dpo-lora run RECIPE --out RUN`.
 
-    python scripts/check_peft.py RUN PAIRS.jsonl
+    python scripts/interop/run.py RUN PAIRS.jsonl
 
 PAIRS.jsonl is the run's held-out file, rows of prompt, chosen and rejected as strings. Needs the packages of
-scripts/requirements-fixtures.txt. Shown to be equal:
+scripts/interop/requirements.txt. Shown to be equal:
 
 * the tensors that PEFT holds after loading and those in the file, name by name and bit for bit;
 * the file that PEFT saves again and the one it loaded;
