@@ -174,13 +174,15 @@ fn as_llama_cpp_has_it(name: &str, place: &Path) -> PathBuf {
     };
     let (own, copy) = (folder(name), place.join(name));
     std::fs::create_dir(&copy).expect("made");
-    let mut tensors =
-        candle_core::safetensors::load(own.join("model.safetensors"), &Device::Cpu).expect("a model of two layers");
-    for (name, tensor) in tensors.clone() {
-        for layer in 2..layers {
-            if let Some(rest) = name.strip_prefix(&format!("model.layers.{}.", layer % 2)) {
-                tensors.insert(format!("model.layers.{layer}.{rest}"), tensor.clone());
-            }
+    // a model of two layers, and the same two over and over
+    let mut tensors = candle_core::safetensors::load(own.join("model.safetensors"), &Device::Cpu).expect("read");
+    for layer in 2..layers {
+        let prefix = format!("model.layers.{}.", layer % 2);
+        let mut names: Vec<String> = tensors.keys().filter(|name| name.starts_with(&prefix)).cloned().collect();
+        names.sort();
+        for name in names {
+            let copied = tensors[&name].clone();
+            tensors.insert(name.replace(&prefix, &format!("model.layers.{layer}.")), copied);
         }
     }
     candle_core::safetensors::save(&tensors, copy.join("model.safetensors")).expect("written");
