@@ -6,6 +6,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::config::{DecoderConfig, Rope};
+use super::generate::Continued;
 use super::layer::{At, Layer, LayerActivations, LayerCache, Pass, Rows};
 use super::memory::Saved;
 use super::packed::Packed;
@@ -245,27 +246,33 @@ impl Decoder {
         if self.config.embedding_scale == 1.0 { Ok(embedded) } else { embedded * self.config.embedding_scale }
     }
 
-    /// The logits after the last of `ids`, which continue what `cache` holds of `filled` positions; the cache is
-    /// extended by them. `[V]`
+    /// The logits after the last id of each sequence, whose new part the cache is extended by. `[N, V]`
     pub(super) fn step(
         &self,
-        ids: &[u32],
-        filled: usize,
+        sequences: &[Continued<'_>],
         cache: &[LayerCache],
         adapters: Option<&Adapters>,
     ) -> Result<Tensor> {
-        let positions: Vec<u32> = (filled..filled + ids.len()).map(|p| p as u32).collect();
-        let angles = self.angles(&positions, &vec![filled + ids.len(); ids.len()])?;
-        let segment = Segment { queries: 0..ids.len(), prefix: 0..0, own: 0..filled + ids.len() };
-        let rows = Rows { segments: Segments::new(vec![vec![segment]]), angles, last: None };
-        let pass = Pass::new(adapters, &rows, None, &[]);
-        let mut x = self.embed(ids)?;
-        for (index, cache) in cache.iter().enumerate() {
-            x = self.at(index, &pass).forward(x, Some((cache, filled)))?.0;
+        let (mut ids, mut positions, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut segments, mut places, mut last) = (Vec::new(), Vec::new(), Vec::new());
+        for &Continued { ids: all, filled, start } in sequences {
+            let queries = ids.len()..ids.len() + all.len() - filled;
+            ids.extend_from_slice(&all[filled..]);
+            positions.extend((filled..all.len()).map(|p| p as u32));
+            lengths.resize(ids.len(), all.len());
+            last.push(ids.len() as u32 - 1);
+            places.push((queries.clone(), start + filled));
+            segments.push(vec![Segment { queries, prefix: 0..0, own: start..start + all.len() }]);
         }
-        let last = x.narrow(0, ids.len() - 1, 1)?.contiguous()?;
-        let (hidden, _) = norm::forward(&last, &self.norm, self.config.rms_norm_eps)?;
-        self.head().logits(&hidden)?.squeeze(0)
+        let angles = self.angles(&positions, &lengths)?;
+        let rows = Rows { segments: Segments::new(segments), angles, last: None };
+        let pass = Pass::new(adapters, &rows, None, &[]);
+        let mut x = self.embed(&ids)?;
+        for (index, cache) in cache.iter().enumerate() {
+            x = self.at(index, &pass).forward(x, Some((cache, &places)))?.0;
+        }
+        let (hidden, _) = norm::forward(&rows::gather(&x, &last)?, &self.norm, self.config.rms_norm_eps)?;
+        self.head().logits(&hidden)
     }
 
     /// The angles of rows at `positions` by each table; `lengths` are those of the sequences that the rows belong to.

@@ -1,10 +1,38 @@
-//! Greedy generation with a key/value cache.
+//! Generation with a key/value cache: several sequences at a time, each as if it were alone.
 
 use candle_core::{Result, Tensor};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+use serde::{Deserialize, Serialize};
 
 use super::Model;
 use super::decoder::Adapter;
 use super::layer::LayerCache;
+use crate::ops::cpu::few::FEW;
+
+/// How the next token is chosen, in the order of transformers: the penalty first, then temperature, `top_k`, `top_p` and
+/// `min_p`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Sampling {
+    /// What logits are divided by; at 0 the most probable token is taken.
+    pub temperature: f64,
+    /// Only the fewest tokens that have this much of the probability.
+    pub top_p: f64,
+    /// Only so many tokens; 0 is all of them.
+    pub top_k: usize,
+    /// Only tokens at least so probable as this share of the most probable one.
+    pub min_p: f64,
+    /// What logits of tokens that are there already are divided by (multiplied where they are negative), prompt included.
+    pub repetition_penalty: f64,
+}
+
+impl Default for Sampling {
+    /// The most probable token.
+    fn default() -> Self {
+        Self { temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, repetition_penalty: 1.0 }
+    }
+}
 
 /// When an answer ends.
 #[derive(Debug, Clone)]
@@ -15,6 +43,245 @@ pub struct Stop<'a> {
     pub max_new_tokens: usize,
 }
 
+/// Something to continue.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// Its ids; at least one.
+    pub prompt: Vec<u32>,
+    /// Tokens that end the answer.
+    pub stop_tokens: Vec<u32>,
+    /// The most tokens it may have.
+    pub max_new_tokens: usize,
+    /// How they are chosen.
+    pub sampling: Sampling,
+    /// Where its random numbers begin.
+    pub seed: u64,
+}
+
+/// Why an answer ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum End {
+    /// With a token that ends an answer, or as was asked.
+    Stop,
+    /// It had as many tokens as it may have, or the model's longest position.
+    Length,
+}
+
+/// A sequence that is being continued.
+#[derive(Debug)]
+struct Sequence {
+    key: u64,
+    request: Request,
+    /// Prompt and answer.
+    ids: Vec<u32>,
+    /// Positions that are in the cache.
+    filled: usize,
+    slot: usize,
+    /// Tokens that the answer may have.
+    budget: usize,
+    rng: ChaCha8Rng,
+}
+
+/// A token that was chosen.
+#[derive(Debug)]
+pub struct Next<'g> {
+    /// What [`Generator::add`] gave.
+    pub key: u64,
+    /// The token; none where the answer ended before it.
+    pub token: Option<u32>,
+    /// The logits that it was chosen by, as the model gave them. `[V]`
+    pub logits: &'g [f32],
+    /// Whether the answer is at its end, and why.
+    pub end: Option<End>,
+}
+
+/// Continues several sequences together. Every sequence gets the tokens that it would get alone, to the bit: its prompt
+/// is computed by itself, and a step of several rows treats each by itself too.
+#[derive(Debug)]
+pub struct Generator<'m> {
+    model: &'m Model,
+    adapter: Adapter,
+    /// Keys and values of all slots, one after the other.
+    cache: Vec<LayerCache>,
+    /// Positions of a slot.
+    positions: usize,
+    free: Vec<usize>,
+    sequences: Vec<Sequence>,
+    next_key: u64,
+}
+
+impl<'m> Generator<'m> {
+    /// Room for so many sequences of at most so many positions, prompt and answer together.
+    ///
+    /// # Errors
+    /// What candle returns.
+    pub fn new(model: &'m Model, adapter: Adapter, slots: usize, positions: usize) -> Result<Self> {
+        let config = model.decoder.config();
+        let positions = positions.min(config.max_position_embeddings);
+        let width = config.num_key_value_heads * config.head_dim;
+        let (dtype, device) = (model.decoder.dtype(), model.decoder.device());
+        let empty = || Tensor::zeros((slots * positions, width), dtype, device);
+        let cache = (0..config.num_layers())
+            .map(|_| Ok(LayerCache { keys: empty()?, values: empty()? }))
+            .collect::<Result<Vec<_>>>()?;
+        let free = (0..slots).rev().collect();
+        Ok(Self { model, adapter, cache, positions, free, sequences: Vec::new(), next_key: 0 })
+    }
+
+    /// Bytes of the cache of one slot.
+    #[must_use]
+    pub fn slot_bytes(model: &Model, positions: usize) -> usize {
+        let config = model.decoder.config();
+        let width = config.num_key_value_heads * config.head_dim * model.decoder.dtype().size_in_bytes();
+        2 * config.num_layers() * positions.min(config.max_position_embeddings) * width
+    }
+
+    /// Whether another sequence has room.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        !self.free.is_empty()
+    }
+
+    /// Whether nothing is being continued.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.sequences.is_empty()
+    }
+
+    /// Takes something to continue, and gives the key that its tokens come with. `None` where there is no room for the
+    /// prompt and one token: no slot, or no positions.
+    pub fn add(&mut self, request: Request) -> Option<u64> {
+        let budget = request.max_new_tokens.min(self.positions.saturating_sub(request.prompt.len()));
+        if budget == 0 || request.prompt.is_empty() {
+            return None;
+        }
+        let (slot, key) = (self.free.pop()?, self.next_key);
+        self.next_key += 1;
+        let (ids, rng) = (request.prompt.clone(), ChaCha8Rng::seed_from_u64(request.seed));
+        self.sequences.push(Sequence { key, request, ids, filled: 0, slot, budget, rng });
+        Some(key)
+    }
+
+    /// Ends a sequence.
+    pub fn end(&mut self, key: u64) {
+        if let Some(at) = self.sequences.iter().position(|sequence| sequence.key == key) {
+            self.free.push(self.sequences.remove(at).slot);
+        }
+    }
+
+    /// One token more for every sequence. `each` says whether its sequence is to go on.
+    ///
+    /// # Errors
+    /// A token outside the vocabulary, or what candle returns.
+    pub fn step(&mut self, mut each: impl FnMut(Next<'_>) -> bool) -> Result<()> {
+        let config = self.model.decoder.config();
+        for sequence in &mut self.sequences {
+            let turns_over = |(above, _): &(usize, Vec<f32>)| sequence.ids.len() == above + 1;
+            if config.ropes.iter().any(|rope| rope.long.as_ref().is_some_and(turns_over)) {
+                // from here on all positions turn by other frequencies, those of the keys in the cache too
+                sequence.filled = 0;
+            }
+        }
+        let new = |sequence: &Sequence| sequence.ids.len() - sequence.filled;
+        let (single, prompts): (Vec<usize>, Vec<usize>) =
+            (0..self.sequences.len()).partition(|&i| new(&self.sequences[i]) == 1);
+        let passes = prompts.chunks(1).chain(single.chunks(FEW));
+        let adapters = self.model.switched(self.adapter);
+        let mut ended = Vec::new();
+        for pass in passes {
+            let rows: Vec<Continued<'_>> = pass
+                .iter()
+                .map(|&i| {
+                    let Sequence { ids, filled, slot, .. } = &self.sequences[i];
+                    Continued { ids, filled: *filled, start: slot * self.positions }
+                })
+                .collect();
+            let logits = self.model.decoder.step(&rows, &self.cache, adapters)?.to_dtype(candle_core::DType::F32)?;
+            for (&i, logits) in pass.iter().zip(logits.to_vec2::<f32>()?) {
+                let sequence = &mut self.sequences[i];
+                sequence.filled = sequence.ids.len();
+                let token = choose(&logits, &sequence.ids, &sequence.request.sampling, &mut sequence.rng);
+                let stopped = sequence.request.stop_tokens.contains(&token);
+                if !stopped {
+                    sequence.ids.push(token);
+                }
+                let full = sequence.ids.len() - sequence.request.prompt.len() == sequence.budget;
+                let end = match (stopped, full) {
+                    (true, _) => Some(End::Stop),
+                    (false, true) => Some(End::Length),
+                    (false, false) => None,
+                };
+                let goes_on =
+                    each(Next { key: sequence.key, token: (!stopped).then_some(token), logits: &logits, end });
+                if end.is_some() || !goes_on {
+                    ended.push(sequence.key);
+                }
+            }
+        }
+        ended.into_iter().for_each(|key| self.end(key));
+        Ok(())
+    }
+}
+
+/// The new part of a sequence.
+pub(super) struct Continued<'i> {
+    /// All of its ids so far.
+    pub(super) ids: &'i [u32],
+    /// How many of them the cache has.
+    pub(super) filled: usize,
+    /// Where its positions begin in the cache.
+    pub(super) start: usize,
+}
+
+/// The next token, by logits as the model gave them.
+fn choose(logits: &[f32], ids: &[u32], sampling: &Sampling, rng: &mut ChaCha8Rng) -> u32 {
+    /// What is less probable than the most probable token by this factor's exponential, one in 10¹², is never drawn.
+    const NEVER: f64 = 28.0;
+    let Sampling { temperature, top_p, top_k, min_p, repetition_penalty } = *sampling;
+    let mut logits = std::borrow::Cow::Borrowed(logits);
+    if repetition_penalty != 1.0 {
+        let mut there = ids.to_vec();
+        there.sort_unstable();
+        there.dedup();
+        let logits = logits.to_mut();
+        for id in there {
+            if let Some(logit) = logits.get_mut(id as usize) {
+                *logit *= if *logit < 0.0 { repetition_penalty } else { repetition_penalty.recip() } as f32;
+            }
+        }
+    }
+    // the first of equals
+    let best = (0..logits.len()).fold(0, |best, i| if logits[i] > logits[best] { i } else { best });
+    if temperature <= 0.0 {
+        return best as u32;
+    }
+    let below = |i: usize| f64::from(logits[best] - logits[i]) / temperature;
+    let mut kept: Vec<(usize, f64)> = (0..logits.len()).map(|i| (i, below(i))).filter(|(_, b)| *b < NEVER).collect();
+    kept.sort_unstable_by(|one, two| one.1.total_cmp(&two.1).then(one.0.cmp(&two.0)));
+    if top_k > 0 {
+        kept.truncate(top_k);
+    }
+    let mut weights: Vec<f64> = kept.iter().map(|(_, below)| (-below).exp()).collect();
+    let all: f64 = weights.iter().sum();
+    let least = weights.first().copied().unwrap_or(1.0) * min_p;
+    let mut before = 0.0;
+    let is_kept = |&&weight: &&f64| {
+        let kept = before < top_p * all && weight >= least;
+        before += weight;
+        kept
+    };
+    let count = weights.iter().take_while(is_kept).count().max(1);
+    weights.truncate(count);
+    let uniform = (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
+    let mut left = uniform * weights.iter().sum::<f64>();
+    let drawn = weights.iter().position(|weight| {
+        left -= weight;
+        left < 0.0
+    });
+    kept.get(drawn.unwrap_or(count - 1)).map_or(best, |(i, _)| *i) as u32
+}
+
 impl Model {
     /// Continues `prompt` with the most probable token each time (the first of equals).
     ///
@@ -23,39 +290,21 @@ impl Model {
     /// # Errors
     /// A token outside the vocabulary, or what candle returns.
     pub fn generate(&self, prompt: &[u32], adapter: Adapter, stop: &Stop<'_>) -> Result<Vec<u32>> {
-        let config = self.decoder.config();
-        let longest = config.max_position_embeddings.saturating_sub(prompt.len());
-        let budget = stop.max_new_tokens.min(longest);
+        let mut generator = Generator::new(self, adapter, 1, prompt.len() + stop.max_new_tokens)?;
         let mut answer = Vec::new();
-        if budget == 0 || prompt.is_empty() {
-            return Ok(answer);
+        generator.add(Request {
+            prompt: prompt.to_vec(),
+            stop_tokens: stop.tokens.to_vec(),
+            max_new_tokens: stop.max_new_tokens,
+            sampling: Sampling::default(),
+            seed: 0,
+        });
+        while !generator.is_idle() {
+            generator.step(|next| {
+                answer.extend(next.token);
+                true
+            })?;
         }
-        let width = config.num_key_value_heads * config.head_dim;
-        let (dtype, device) = (self.decoder.dtype(), self.decoder.device());
-        let empty = || Tensor::zeros((prompt.len() + budget, width), dtype, device);
-        let cache = (0..config.num_layers())
-            .map(|_| Ok(LayerCache { keys: empty()?, values: empty()? }))
-            .collect::<Result<Vec<_>>>()?;
-        let adapters = self.switched(adapter);
-        let mut filled = prompt.len();
-        let mut logits = self.decoder.step(prompt, 0, &cache, adapters)?;
-        loop {
-            let token = logits.argmax(0)?.to_scalar::<u32>()?;
-            if stop.tokens.contains(&token) {
-                return Ok(answer);
-            }
-            answer.push(token);
-            if answer.len() == budget {
-                return Ok(answer);
-            }
-            filled += 1;
-            logits =
-                if config.ropes.iter().any(|rope| rope.long.as_ref().is_some_and(|(above, _)| filled == above + 1)) {
-                    // from here on all positions turn by other frequencies, those of the keys in the cache too
-                    self.decoder.step(&[prompt, &answer].concat(), 0, &cache, adapters)?
-                } else {
-                    self.decoder.step(&[token], filled - 1, &cache, adapters)?
-                };
-        }
+        Ok(answer)
     }
 }

@@ -7,6 +7,8 @@
 //!
 //! Some families have norms on the heads of q and k before rope, and behind o and down.
 
+use std::ops::Range;
+
 use candle_core::{Result, Tensor};
 
 use super::config::{DecoderConfig, Projection};
@@ -294,11 +296,11 @@ impl<'a> At<'a> {
     pub(super) fn forward(
         &self,
         x: Tensor,
-        cache: Option<(&LayerCache, usize)>,
+        cache: Option<(&LayerCache, &[(Range<usize>, usize)])>,
     ) -> Result<(Tensor, LayerActivations)> {
         let mut projected = self.project(&x)?;
-        if let Some((cache, filled)) = cache {
-            (projected.k, projected.v) = cache.append(&projected.k, &projected.v, filled)?;
+        if let Some((cache, places)) = cache {
+            (projected.k, projected.v) = cache.extend(&projected.k, &projected.v, places)?;
         }
         let attention = self.attend(&projected)?;
         let (middle, normed) = self.middle(&x, &attention)?;
@@ -459,12 +461,13 @@ pub(super) struct LayerCache {
 }
 
 impl LayerCache {
-    /// Writes `k, v [n, K·E]` after the first `filled` rows and returns all rows so far.
-    fn append(&self, k: &Tensor, v: &Tensor, filled: usize) -> Result<(Tensor, Tensor)> {
-        self.keys.slice_set(k, 0, filled)?;
-        self.values.slice_set(v, 0, filled)?;
-        let rows = filled + k.dims()[0];
-        Ok((self.keys.narrow(0, 0, rows)?, self.values.narrow(0, 0, rows)?))
+    /// Writes some rows of `k, v [n, K·E]` each to where it belongs, and returns the whole of both caches.
+    fn extend(&self, k: &Tensor, v: &Tensor, places: &[(Range<usize>, usize)]) -> Result<(Tensor, Tensor)> {
+        for (rows, place) in places {
+            self.keys.slice_set(&k.narrow(0, rows.start, rows.len())?, 0, *place)?;
+            self.values.slice_set(&v.narrow(0, rows.start, rows.len())?, 0, *place)?;
+        }
+        Ok((self.keys.clone(), self.values.clone()))
     }
 }
 

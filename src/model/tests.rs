@@ -6,7 +6,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Result, Tensor};
 use serde_json::json;
 
-use super::generate::Stop;
+use super::generate::{Continued, End, Generator, Request, Sampling, Stop};
 use super::layer::LayerCache;
 use super::memory::Saved;
 use super::*;
@@ -383,7 +383,8 @@ fn a_cache_changes_nothing() -> Result<()> {
                 [LayerCache { keys: empty()?, values: empty()? }, LayerCache { keys: empty()?, values: empty()? }];
             let (mut filled, mut logits) = (0, None);
             for &piece in pieces {
-                logits = Some(decoder.step(&ids[filled..filled + piece], filled, &cache, Some(&adapters))?);
+                let sequence = Continued { ids: &ids[..filled + piece], filled, start: 0 };
+                logits = Some(decoder.step(&[sequence], &cache, Some(&adapters))?.squeeze(0)?);
                 filled += piece;
             }
             assert_eq!(filled, ids.len());
@@ -413,6 +414,56 @@ fn an_answer_ends_at_the_models_longest_position() -> Result<()> {
     for (prompt, expected) in [(250, 6), (256, 0), (300, 0)] {
         let answer = model.generate(&pairs(&[(prompt, 1, 1)])[0].prompt, Adapter::On, &stop)?;
         assert_eq!(answer.len(), expected);
+    }
+    Ok(())
+}
+
+/// Answers of several sizes and settings, generated together in so many slots.
+fn answers(model: &Model, slots: usize) -> Vec<(Vec<u32>, Option<End>)> {
+    let sampled = Sampling { temperature: 1.3, top_p: 0.9, top_k: 12, min_p: 0.01, repetition_penalty: 1.2 };
+    let mut requests: Vec<Request> = [(3, 9), (40, 20), (1, 1), (17, 30), (80, 2), (5, 25), (64, 12)]
+        .into_iter()
+        .enumerate()
+        .map(|(i, (length, max_new_tokens))| Request {
+            prompt: pairs(&[(length, 1, 1)])[0].prompt.clone(),
+            stop_tokens: if i % 3 == 1 { vec![7] } else { Vec::new() },
+            max_new_tokens,
+            sampling: if i % 2 == 0 { sampled } else { Sampling::default() },
+            seed: i as u64,
+        })
+        .collect();
+    let mut answers = vec![(Vec::new(), None); requests.len()];
+    let mut generator = Generator::new(model, Adapter::On, slots, 100).expect("made");
+    let mut waiting = requests.drain(..);
+    while answers.iter().any(|(_, end)| end.is_none()) {
+        while generator.has_room() {
+            let Some(request) = waiting.next() else { break };
+            assert!(generator.add(request).is_some());
+        }
+        let step = generator.step(|next| {
+            let (ids, end) = &mut answers[next.key as usize];
+            ids.extend(next.token);
+            *end = next.end;
+            true
+        });
+        step.expect("computed");
+    }
+    assert!(generator.is_idle());
+    answers
+}
+
+/// To the bit: whatever else is generated in the same steps, and in whichever slot.
+#[test]
+fn an_answer_is_the_same_whatever_is_generated_beside_it() -> Result<()> {
+    for tiny in [GROUPED, TIED_WITH_BIAS] {
+        let decoder = tiny.decoder(DType::F32);
+        let adapters = adapters(&decoder, 0.0);
+        let model = Model::new(decoder, adapters)?;
+        let alone = answers(&model, 1);
+        assert!(alone.iter().map(|(ids, _)| ids.len()).sum::<usize>() > 50, "{alone:?}");
+        for slots in [2, 3, 20] {
+            assert_eq!(answers(&model, slots), alone, "{slots} slots");
+        }
     }
     Ok(())
 }
@@ -617,7 +668,8 @@ fn a_real_gguf_file_is_the_folder_that_it_was_made_of() {
             let empty = || Tensor::zeros((prompt.len(), width), DType::F32, &Device::Cpu).expect("made");
             let cache: Vec<_> =
                 (0..decoder.config().num_layers()).map(|_| LayerCache { keys: empty(), values: empty() }).collect();
-            values(&decoder.step(&prompt, 0, &cache, None).expect("computed"))
+            let sequence = Continued { ids: &prompt, filled: 0, start: 0 };
+            values(&decoder.step(&[sequence], &cache, None).expect("computed"))
         };
         let (found, expected) = (logits(&gguf), logits(&dense));
         let worst = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);

@@ -8,7 +8,8 @@
 use candle_core::{Result, Tensor};
 
 use super::cpu::gemm::{Matrix, Onto, Threads, gemm, product};
-use super::cpu::weight::panels;
+use super::cpu::few::{self, FEW};
+use super::cpu::weight::{Rows, panels};
 use super::cpu::{Real, Values, filled, for_real, tensor, values};
 use super::dropout::{self, Dropout};
 use super::{dims2, has_kernel};
@@ -134,6 +135,11 @@ fn matmul_t(x: &Tensor, w: &Tensor) -> Result<Tensor> {
     if has_kernel(x) {
         return for_real!(x, T => {
             let (x, w) = (mat::<T>(x)?, mat(w)?);
+            if x.rows <= FEW {
+                let (shape, mut y) = ((x.rows, w.rows), vec![T::of(0.0); x.rows * w.rows]);
+                few::add(&mut y, 1.0, &x.each(0..x.columns), &Rows::Dense(w.values, w.columns), w.rows);
+                return tensor(y, shape);
+            }
             tensor(product(x.get(), w.get().t()), (x.rows, w.rows))
         });
     }
@@ -180,10 +186,20 @@ fn one(x: &Tensor, branch: &Branch<'_>, update: Option<Update<'_>>, residual: Op
                 (None, Some(bias)) => Some(repeated::<T>(&values(bias)?, x.rows)),
                 (None, None) => None,
             };
+            let zero = || vec![T::of(0.0); x.rows * width];
+            if x.rows <= FEW {
+                let mut y = start.unwrap_or_else(zero);
+                few::add(&mut y, 1.0, &x.each(0..x.columns), &Rows::of(weight)?, width);
+                if let Some((update, inner, columns)) = update {
+                    let (inner, b) = (mat::<T>(inner)?, mat(update.b)?);
+                    few::add(&mut y, update.scale, &inner.each(columns), &Rows::Dense(b.values, b.columns), width);
+                }
+                return tensor(y, (x.rows, width));
+            }
             let mut y = match (start, weight) {
                 (None, Weight::Dense(weight)) => product(x.get(), mat(weight)?.get().t()),
                 (start, _) => {
-                    let mut y = start.unwrap_or_else(|| vec![T::of(0.0); x.rows * width]);
+                    let mut y = start.unwrap_or_else(zero);
                     panels(weight, None, |rows, w| {
                         gemm(&mut y[rows.start..], width, Onto::Existing, 1.0, x.get(), w.t(), Threads::All);
                     })?;
@@ -426,6 +442,11 @@ fn mat<T: Real>(tensor: &Tensor) -> Result<Borrowed<'_, T>> {
 impl<T: Real> Borrowed<'_, T> {
     fn get(&self) -> Matrix<'_, T> {
         Matrix::new(&self.values, self.rows, self.columns)
+    }
+
+    /// Some columns of each row.
+    fn each(&self, columns: std::ops::Range<usize>) -> Vec<&[T]> {
+        self.values.chunks_exact(self.columns.max(1)).map(|row| &row[columns.clone()]).collect()
     }
 
     fn columns(&self, columns: std::ops::Range<usize>) -> Matrix<'_, T> {

@@ -6,6 +6,7 @@
 pub(crate) mod attention;
 pub(crate) mod completion_logps;
 mod exp;
+pub(crate) mod few;
 pub(crate) mod gemm;
 pub(crate) mod glu;
 pub(crate) mod norm;
