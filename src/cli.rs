@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::bytes::Bytes;
 use crate::export::check::Consumer;
@@ -35,6 +35,11 @@ pub enum Command {
     /// Hold a merged or quantized model against base and adapter.
     #[command(after_help = COMPARE_HELP)]
     Compare(Compare),
+    /// Answer prompts, with the adapter on, off, or both.
+    #[command(after_help = GENERATE_HELP)]
+    Generate(Generate),
+    /// Talk to the policy and to the base.
+    Chat(Chat),
 }
 
 const RUN_HELP: &str = "\
@@ -85,6 +90,132 @@ Examples:
   dpo-lora compare runs/my merged --pairs 200 --fail-if-kl 0.01 --json
 
 Exit codes: 0 done, 1 it failed, 2 the request was wrong, 3 it is further from base + adapter than --fail-if-kl.";
+
+const GENERATE_HELP: &str = "\
+Prompts are texts, or rows of .jsonl, .json or .parquet files: a text or messages in `prompt`, `instruction`, `question`,
+`text` or `messages`, or preference rows, whose answers are left out. Each prompt has random numbers of its own, so that an
+answer depends on nothing else that is answered.
+
+Examples:
+  dpo-lora generate runs/my --prompt 'Why is the sky blue?' --side both
+  dpo-lora generate runs/my --prompts held-out.parquet --side both --json > answers.jsonl
+  echo 'Once upon a time' | dpo-lora generate runs/my --plain --temperature 0.8 --top-p 0.95
+
+Exit codes: 0 done, 1 it failed, 2 the request was wrong.";
+
+/// How answers are chosen.
+#[derive(Debug, Clone, Args)]
+pub struct Decoding {
+    /// The most tokens of an answer.
+    #[arg(long, default_value_t = 512, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_new_tokens: u32,
+    /// What logits are divided by; 0 takes the most probable token.
+    #[arg(long, default_value_t = 0.0, value_name = "T", value_parser = from_zero)]
+    pub temperature: f64,
+    /// Only the fewest tokens that have this much of the probability.
+    #[arg(long, default_value_t = 1.0, value_name = "P", value_parser = share)]
+    pub top_p: f64,
+    /// Only so many tokens; 0 is all.
+    #[arg(long, default_value_t = 0, value_name = "K")]
+    pub top_k: u32,
+    /// Only tokens at least so probable as this share of the most probable one.
+    #[arg(long, default_value_t = 0.0, value_name = "P", value_parser = share)]
+    pub min_p: f64,
+    /// What logits of tokens that are there already are divided by.
+    #[arg(long, default_value_t = 1.0, value_name = "X", value_parser = above_zero)]
+    pub repetition_penalty: f64,
+    /// A text that ends an answer.
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// Where random numbers begin.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Answers that are generated at once [default: what memory has room for, up to 16].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub batch: Option<u32>,
+}
+
+impl Decoding {
+    pub(crate) fn max_new_tokens(&self) -> usize {
+        self.max_new_tokens as usize
+    }
+}
+
+fn number(text: &str, what: &str, holds: impl Fn(f64) -> bool) -> Result<f64, String> {
+    text.parse().ok().filter(|&x: &f64| x.is_finite() && holds(x)).ok_or_else(|| format!("it is a number {what}"))
+}
+
+fn from_zero(text: &str) -> Result<f64, String> {
+    number(text, "from 0 on", |x| x >= 0.0)
+}
+
+fn above_zero(text: &str) -> Result<f64, String> {
+    number(text, "above 0", |x| x > 0.0)
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    number(text, "from 0 to 1", |x| (0.0..=1.0).contains(&x))
+}
+
+/// Who answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Side {
+    /// The base with the adapter.
+    Policy,
+    /// The base alone.
+    Base,
+    /// Both, the base first.
+    Both,
+}
+
+/// `dpo-lora generate`
+#[derive(Debug, Args)]
+pub struct Generate {
+    #[expect(missing_docs, reason = "it becomes part of the help")]
+    #[command(flatten)]
+    pub trained: Trained,
+    /// A prompt.
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: Vec<String>,
+    /// Prompts of a file, or with `-` a line each of standard input.
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
+    /// Only so many of them.
+    #[arg(long, value_name = "N")]
+    pub limit: Option<u32>,
+    /// Who answers.
+    #[arg(long, value_enum, default_value_t = Side::Policy)]
+    pub side: Side,
+    /// Continue texts as they stand, without the chat template.
+    #[arg(long)]
+    pub plain: bool,
+    #[expect(missing_docs, reason = "it becomes part of the help")]
+    #[command(flatten)]
+    pub decoding: Decoding,
+    /// A JSON object a prompt.
+    #[arg(long)]
+    pub json: bool,
+    /// No progress, only errors.
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+/// `dpo-lora chat`
+#[derive(Debug, Args)]
+pub struct Chat {
+    #[expect(missing_docs, reason = "it becomes part of the help")]
+    #[command(flatten)]
+    pub trained: Trained,
+    /// What the conversation begins with.
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    #[expect(missing_docs, reason = "it becomes part of the help")]
+    #[command(flatten)]
+    pub decoding: Decoding,
+    /// No progress, only errors.
+    #[arg(short, long)]
+    pub quiet: bool,
+}
 
 /// Adapters and the base that they are on.
 #[derive(Debug, Args)]

@@ -18,6 +18,8 @@ fn main() -> ExitCode {
         Command::Export(export) => commands::export::export(export),
         Command::Merge(merge) => commands::merge::merge(merge),
         Command::Compare(compare) => commands::compare::compare(compare),
+        Command::Generate(generate) => commands::generate::generate(generate),
+        Command::Chat(chat) => commands::chat::chat(chat),
     });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,8 +1,11 @@
 //! What the binary does. Each command joins stages and reads like its user story; nothing else joins them.
 
 mod accounts;
+mod answering;
+pub mod chat;
 pub mod compare;
 pub mod export;
+pub mod generate;
 pub mod merge;
 pub mod plan;
 mod prepare;

@@ -11,6 +11,7 @@ mod encode;
 mod format;
 mod gguf_tokenizer;
 mod gguf_vocabulary;
+mod prompts;
 mod source;
 mod template;
 
@@ -23,6 +24,7 @@ use thiserror::Error;
 
 pub use codec::Codec;
 pub use dataset::{Dataset, DropReason, Dropped, Drops, Example, Facts};
+pub use prompts::{Answer, Prompt, load_prompts};
 pub use source::{Place, Source, Sources};
 
 use crate::hub::HubError;
@@ -173,6 +175,9 @@ pub enum DataError {
         #[help]
         help: Option<String>,
     },
+    /// A prompt that is no row of a file.
+    #[error("the prompt cannot be used: {0}")]
+    Prompt(String),
     /// Not one row can be trained on.
     #[error("none of the {rows} rows of {} can be trained on: {counts}", file.display())]
     NothingLeft {
@@ -238,7 +243,7 @@ pub fn load(
             shape: None,
             rows: vec![],
         };
-        file.read(&config.columns, &bar, &mut reading)?;
+        file.read(&|name| config.columns.own_name(name), &bar, &mut reading)?;
         reading.finish()?;
     }
     if dataset.is_empty() {

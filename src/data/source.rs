@@ -13,7 +13,7 @@ use serde::ser::SerializeSeq;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value};
 
-use super::{Columns, DataError};
+use super::DataError;
 use crate::hostile::unpanicked;
 use crate::hub::{self, Address, Hub};
 use crate::progress::{Bar, Console};
@@ -170,6 +170,9 @@ pub(super) struct Row {
     pub(super) values: Map<String, Value>,
 }
 
+/// The name under which a column of a file is read; `None` if it is not read.
+pub(super) type Naming<'n> = &'n dyn Fn(&str) -> Option<&'static str>;
+
 /// What takes the rows of a file.
 pub(super) trait Rows {
     /// All columns of the file, before its first row.
@@ -291,7 +294,7 @@ impl DataFile {
     }
 
     /// Hands all rows to `rows`.
-    pub(super) fn read(&self, columns: &Columns, bar: &Bar<'_>, rows: &mut dyn Rows) -> Result<(), DataError> {
+    pub(super) fn read(&self, columns: Naming<'_>, bar: &Bar<'_>, rows: &mut dyn Rows) -> Result<(), DataError> {
         match self.format {
             Format::Parquet => self.read_parquet(columns, bar, rows),
             Format::Lines => self.read_lines(columns, bar, rows),
@@ -303,7 +306,7 @@ impl DataFile {
         File::open(&self.path).map_err(|e| DataError::file(&self.name, describe_io(&e)))
     }
 
-    fn read_lines(&self, columns: &Columns, bar: &Bar<'_>, rows: &mut dyn Rows) -> Result<(), DataError> {
+    fn read_lines(&self, columns: Naming<'_>, bar: &Bar<'_>, rows: &mut dyn Rows) -> Result<(), DataError> {
         let mut file = BufReader::with_capacity(1 << 20, self.open_file()?);
         let mut line = Vec::new();
         for number in 1.. {
@@ -346,7 +349,7 @@ impl DataFile {
         DataError::row(&self.name, place, format!("is no JSON: {problem}")).help(help)
     }
 
-    fn read_array(&self, columns: &Columns, bar: &Bar<'_>, rows: &mut dyn Rows) -> Result<(), DataError> {
+    fn read_array(&self, columns: Naming<'_>, bar: &Bar<'_>, rows: &mut dyn Rows) -> Result<(), DataError> {
         let mut file = BufReader::with_capacity(1 << 20, Counting { file: self.open_file()?, bar });
         if file.fill_buf().is_ok_and(|start| start.starts_with(BOM)) {
             file.consume(BOM.len());
@@ -373,7 +376,7 @@ impl DataFile {
         })
     }
 
-    fn read_parquet(&self, columns: &Columns, bar: &Bar<'_>, rows: &mut dyn Rows) -> Result<(), DataError> {
+    fn read_parquet(&self, columns: Naming<'_>, bar: &Bar<'_>, rows: &mut dyn Rows) -> Result<(), DataError> {
         let broken = |place: Option<Place>, e: &dyn fmt::Display| DataError::File {
             file: self.name.clone(),
             place,
@@ -386,7 +389,7 @@ impl DataFile {
         let fields = metadata.schema().get_fields();
         rows.columns(fields.iter().map(|field| field.name().to_owned()).collect())?;
         // columns that are not read (images, embeddings) are not decoded either
-        let read = fields.iter().filter(|field| columns.own_name(field.name()).is_some()).cloned().collect();
+        let read = fields.iter().filter(|field| columns(field.name()).is_some()).cloned().collect();
         let schema = Type::group_type_builder(metadata.schema().name()).with_fields(read).build();
         let schema = schema.map_err(|e| broken(None, &e))?;
         let total = u64::try_from(metadata.num_rows()).unwrap_or(0).max(1);
@@ -398,7 +401,7 @@ impl DataFile {
             let values = row
                 .into_columns()
                 .into_iter()
-                .filter_map(|(name, field)| Some((columns.own_name(&name)?.to_owned(), value(&field))))
+                .filter_map(|(name, field)| Some((columns(&name)?.to_owned(), value(&field))))
                 .collect();
             rows.row(Row { place, values })?;
             let share = |row: u64| u128::from(self.bytes) * u128::from(row.min(total)) / u128::from(total);
@@ -412,7 +415,7 @@ impl DataFile {
         &self,
         value: Value,
         place: Place,
-        columns: &Columns,
+        columns: Naming<'_>,
         first: bool,
         rows: &mut dyn Rows,
     ) -> Result<(), DataError> {
@@ -423,10 +426,8 @@ impl DataFile {
         if first {
             rows.columns(object.keys().cloned().collect())?;
         }
-        let values = object
-            .into_iter()
-            .filter_map(|(name, value)| Some((columns.own_name(&name)?.to_owned(), value)))
-            .collect();
+        let values =
+            object.into_iter().filter_map(|(name, value)| Some((columns(&name)?.to_owned(), value))).collect();
         rows.row(Row { place, values })
     }
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::Model;
 use super::decoder::Adapter;
 use super::layer::LayerCache;
-use crate::ops::cpu::few::FEW;
+use crate::ops::FEW;
 
 /// How the next token is chosen, in the order of transformers: the penalty first, then temperature, `top_k`, `top_p` and
 /// `min_p`.

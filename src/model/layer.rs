@@ -296,7 +296,7 @@ impl<'a> At<'a> {
     pub(super) fn forward(
         &self,
         x: Tensor,
-        cache: Option<(&LayerCache, &[(Range<usize>, usize)])>,
+        cache: Option<(&LayerCache, &[Placed])>,
     ) -> Result<(Tensor, LayerActivations)> {
         let mut projected = self.project(&x)?;
         if let Some((cache, places)) = cache {
@@ -453,6 +453,9 @@ fn split<const N: usize>(x: &Tensor, widths: [usize; N]) -> Result<[Tensor; N]> 
     parts.try_into().map_err(|_| candle_core::Error::Msg("one part a width".into()))
 }
 
+/// Rows of new keys and values, and the row of the cache that they begin at.
+pub(super) type Placed = (Range<usize>, usize);
+
 /// Keys and values of earlier positions of one layer.
 #[derive(Debug, Clone)]
 pub(super) struct LayerCache {
@@ -462,7 +465,7 @@ pub(super) struct LayerCache {
 
 impl LayerCache {
     /// Writes some rows of `k, v [n, K·E]` each to where it belongs, and returns the whole of both caches.
-    fn extend(&self, k: &Tensor, v: &Tensor, places: &[(Range<usize>, usize)]) -> Result<(Tensor, Tensor)> {
+    fn extend(&self, k: &Tensor, v: &Tensor, places: &[Placed]) -> Result<(Tensor, Tensor)> {
         for (rows, place) in places {
             self.keys.slice_set(&k.narrow(0, rows.start, rows.len())?, 0, *place)?;
             self.values.slice_set(&v.narrow(0, rows.start, rows.len())?, 0, *place)?;

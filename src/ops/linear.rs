@@ -7,8 +7,8 @@
 
 use candle_core::{Result, Tensor};
 
-use super::cpu::gemm::{Matrix, Onto, Threads, gemm, product};
 use super::cpu::few::{self, FEW};
+use super::cpu::gemm::{Matrix, Onto, Threads, gemm, product};
 use super::cpu::weight::{Rows, panels};
 use super::cpu::{Real, Values, filled, for_real, tensor, values};
 use super::dropout::{self, Dropout};

@@ -37,6 +37,7 @@ pub mod rows;
 pub(crate) mod check;
 
 use candle_core::{Result, Tensor};
+pub(crate) use cpu::few::FEW;
 
 /// Whether the CPU kernels can take this tensor: on the CPU, in f32 or f64.
 fn has_kernel(tensor: &Tensor) -> bool {

@@ -18,12 +18,12 @@ pub(crate) struct Message {
 }
 
 impl Message {
-    pub(super) fn new(role: &str, content: impl Into<String>) -> Self {
+    pub(crate) fn new(role: &str, content: impl Into<String>) -> Self {
         Self { role: role.into(), content: content.into(), rest: Map::new() }
     }
 
     /// Whether it is the model's turn.
-    pub(super) fn is_models(&self) -> bool {
+    pub(crate) fn is_models(&self) -> bool {
         self.role == ASSISTANT
     }
 
@@ -48,7 +48,7 @@ fn looks_like_one(value: &Value) -> bool {
 }
 
 /// Takes a column's messages.
-pub(super) fn take(row: &mut Columns, column: &str) -> Result<Vec<Message>, Bad> {
+pub(crate) fn take(row: &mut Columns, column: &str) -> Result<Vec<Message>, Bad> {
     match row.remove(column) {
         Some(Value::Array(items)) => {
             items.into_iter().zip(1..).map(|(item, number)| message(item, number, column)).collect()

@@ -18,7 +18,7 @@ use serde_json::{Map, Value};
 use super::DropReason;
 use super::source::kind;
 use crate::loss::Examples;
-pub(super) use messages::Message;
+pub(super) use messages::{Message, take as take_messages};
 
 /// Columns that a shape reads, or that change what the others mean.
 pub(super) const COLUMNS: [&str; 12] = [

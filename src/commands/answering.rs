@@ -1,0 +1,166 @@
+//! Answers of base and policy to prompts.
+
+use std::io;
+
+use super::{Failure, failed, request};
+use crate::cli;
+use crate::data::{Answer, Codec, Prompt};
+use crate::machine;
+use crate::model::generate::{End, Generator, Request, Sampling};
+use crate::model::{Adapter, Model};
+use crate::ops::FEW;
+use crate::progress::Console;
+
+use super::trained::candle;
+
+/// A model that answers.
+pub(super) struct Answering<'a> {
+    pub(super) model: &'a Model,
+    pub(super) codec: &'a Codec,
+    pub(super) decoding: &'a cli::Decoding,
+}
+
+/// A whole answer.
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+pub(super) struct Answered {
+    pub(super) text: String,
+    /// Without the one that ended it.
+    pub(super) tokens: usize,
+    pub(super) end: End,
+}
+
+impl Answering<'_> {
+    /// Answers to all prompts, in their order. `each` gets every answer as it is done.
+    pub(super) fn all(
+        &self,
+        prompts: &[Prompt],
+        side: Adapter,
+        console: &Console,
+        mut each: impl FnMut(usize, &Answered) -> Result<(), Failure>,
+    ) -> Result<Vec<Answered>, Failure> {
+        let longest = self.model.decoder().config().max_position_embeddings;
+        if let Some(prompt) = prompts.iter().find(|prompt| prompt.ids.len() >= longest) {
+            return Err(request(TooLong { tokens: prompt.ids.len(), longest, text: begin(&prompt.text) }));
+        }
+        let positions =
+            prompts.iter().map(|prompt| prompt.ids.len()).max().unwrap_or(0) + self.decoding.max_new_tokens();
+        let affordable = machine::available_memory()
+            .map_or(FEW, |bytes| bytes / 2 / Generator::slot_bytes(self.model, positions).max(1));
+        let slots = self.decoding.batch.map_or(FEW, |batch| batch as usize).min(affordable).min(prompts.len()).max(1);
+        let mut generator = Generator::new(self.model, side, slots, positions).map_err(candle)?;
+        let bar = console.count_bar(
+            match side {
+                Adapter::Off => "answers of the base",
+                _ => "answers of the policy",
+            },
+            prompts.len() as u64,
+        );
+        let mut answers: Vec<Option<Answered>> = vec![None; prompts.len()];
+        let mut going: Vec<(u64, usize, Answer<'_>)> = Vec::new();
+        let mut waiting = 0..prompts.len();
+        loop {
+            while generator.has_room() {
+                let Some(number) = waiting.next() else { break };
+                if let Some(key) = generator.add(self.request(&prompts[number], 0)) {
+                    going.push((key, number, Answer::new(self.codec, &self.decoding.stop)));
+                }
+            }
+            if generator.is_idle() {
+                break;
+            }
+            let mut done = Vec::new();
+            let step = generator.step(|next| {
+                let Some(at) = going.iter().position(|(key, ..)| *key == next.key) else { return false };
+                let answer = &mut going[at].2;
+                if let Some(token) = next.token {
+                    answer.push(token);
+                }
+                let end = if answer.stopped() { Some(End::Stop) } else { next.end };
+                if let Some(end) = end {
+                    let (_, number, answer) = going.remove(at);
+                    let tokens = answer.ids().len();
+                    done.push((number, Answered { text: answer.text().to_owned(), tokens, end }));
+                }
+                end.is_none()
+            });
+            step.map_err(candle)?;
+            for (number, answered) in done {
+                bar.advance(1);
+                each(number, &answered)?;
+                answers[number] = Some(answered);
+            }
+        }
+        Ok(answers.into_iter().flatten().collect())
+    }
+
+    /// The answer to one prompt, `show`n while it comes. Ends where `show` says so.
+    pub(super) fn one(
+        &self,
+        prompt: &Prompt,
+        side: Adapter,
+        mut show: impl FnMut(&str) -> io::Result<()>,
+    ) -> Result<Answered, Failure> {
+        let positions = prompt.ids.len() + self.decoding.max_new_tokens();
+        let mut generator = Generator::new(self.model, side, 1, positions).map_err(candle)?;
+        let longest = self.model.decoder().config().max_position_embeddings;
+        if generator.add(self.request(prompt, 0)).is_none() {
+            return Err(request(TooLong { tokens: prompt.ids.len(), longest, text: begin(&prompt.text) }));
+        }
+        let mut answer = Answer::new(self.codec, &self.decoding.stop);
+        let (mut end, mut shown) = (End::Length, Ok(()));
+        while !generator.is_idle() {
+            let step = generator.step(|next| {
+                if let Some(token) = next.token {
+                    answer.push(token);
+                }
+                end = if answer.stopped() { End::Stop } else { next.end.unwrap_or(End::Length) };
+                shown = show(&answer.news(next.end.is_some()));
+                shown.is_ok() && !answer.stopped()
+            });
+            step.map_err(candle)?;
+        }
+        shown.map_err(|e| Failure::Failed(miette::miette!("cannot write the answer: {e}")))?;
+        Ok(Answered { text: answer.text().to_owned(), tokens: answer.ids().len(), end })
+    }
+
+    fn request(&self, prompt: &Prompt, sample: u64) -> Request {
+        let cli::Decoding { temperature, top_p, top_k, min_p, repetition_penalty, seed, .. } = *self.decoding;
+        // of the prompt and nothing else, so that neither order nor neighbours change an answer
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&seed.to_le_bytes());
+        hasher.update(&sample.to_le_bytes());
+        prompt.ids.iter().for_each(|id| _ = hasher.update(&id.to_le_bytes()));
+        let mut seed = [0; 8];
+        seed.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
+        Request {
+            prompt: prompt.ids.clone(),
+            stop_tokens: self.codec.stop_tokens().to_vec(),
+            max_new_tokens: self.decoding.max_new_tokens(),
+            sampling: Sampling { temperature, top_p, top_k: top_k as usize, min_p, repetition_penalty },
+            seed: u64::from_le_bytes(seed),
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error, miette::Diagnostic)]
+#[error("a prompt has {tokens} tokens, and the model takes {longest} in all: {text}")]
+#[diagnostic(help("shorten or leave it out"))]
+struct TooLong {
+    tokens: usize,
+    longest: usize,
+    text: String,
+}
+
+/// As much of a text as a message can show.
+fn begin(text: &str) -> String {
+    let short: String = text.chars().take(60).collect();
+    if short.len() < text.len() { format!("{short}...") } else { short }
+}
+
+/// Base, adapter and tokenizer, ready to answer.
+pub(super) fn load(trained: super::trained::Trained, console: &Console) -> Result<(Model, Codec), Failure> {
+    let codec = trained.codec()?;
+    trained.base.fetch_weights(console).map_err(super::prepare::from_base)?;
+    let (decoder, _) = trained.base.load(trained.decoder, console).map_err(failed)?;
+    Ok((Model::new(decoder, trained.adapters).map_err(candle)?, codec))
+}

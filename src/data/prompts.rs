@@ -1,0 +1,236 @@
+//! Prompts to answer: preference rows without their answers, conversations, instructions, plain texts.
+
+use std::path::PathBuf;
+
+use serde_json::Value;
+
+use super::codec::Codec;
+use super::format::{Bad, Columns, Message, Record, Shape};
+use super::source::{self, Row, Rows};
+use super::{DataError, Sources};
+use crate::progress::Console;
+
+/// Something to answer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Prompt {
+    /// Its ids, up to where the answer begins.
+    pub ids: Vec<u32>,
+    /// What a reader is shown: the text, or the user's only message, or the turns of a conversation.
+    pub text: String,
+    /// The row's `id`, if it has one.
+    pub id: Option<String>,
+    /// What its result is counted under.
+    pub category: Option<String>,
+    /// Prompts of one group are not independent: one topic, or one conversation.
+    pub group: Option<String>,
+    /// A good answer.
+    pub reference: Option<String>,
+}
+
+/// Columns that are read besides those of preferences.
+const COLUMNS: [&str; 12] = [
+    "instruction",
+    "question",
+    "text",
+    "id",
+    "uid",
+    "prompt_id",
+    "category",
+    "dataset",
+    "domain",
+    "group",
+    "subject",
+    "reference",
+];
+/// Columns that hold a single text to answer, the first that is there.
+const TEXTS: [&str; 4] = ["prompt", "instruction", "question", "text"];
+const UNDERSTOOD: &str = "a prompt is a text or a message list in `prompt`, `instruction`, `question`, `text` or `messages`, \
+                          or what a preference row has";
+
+/// Reads the prompts of files. A row of preferences has the prompt that is trained on; of a conversation that ends with an
+/// answer, the answer is left out; a text by itself is the user's message where the model has a chat template, unless
+/// `plain`.
+///
+/// # Errors
+/// A file is missing or broken, a row has no prompt, or no row is there.
+pub fn load_prompts(
+    sources: &Sources,
+    codec: &Codec,
+    plain: bool,
+    console: &Console,
+) -> Result<Vec<Prompt>, DataError> {
+    struct Reading<'a>(Vec<Prompt>, &'a Codec, bool, PathBuf);
+    impl Rows for Reading<'_> {
+        fn columns(&mut self, _: Vec<String>) -> Result<(), DataError> {
+            Ok(())
+        }
+
+        fn row(&mut self, Row { place, values, .. }: Row) -> Result<(), DataError> {
+            let prompt = of_row(values, self.1, self.2)
+                .map_err(|bad| DataError::row(&self.3, place, bad.detail).help(UNDERSTOOD))?;
+            self.0.push(prompt);
+            Ok(())
+        }
+    }
+    let files = source::resolve(sources, console)?;
+    let bar = console.bytes_bar("reading prompts", files.iter().map(|file| file.bytes).sum());
+    let mut reading = Reading(Vec::new(), codec, plain, PathBuf::new());
+    for file in &files {
+        reading.3.clone_from(&file.name);
+        let own = |name: &str| super::format::COLUMNS.iter().chain(&COLUMNS).find(|own| **own == name).copied();
+        file.read(&own, &bar, &mut reading)?;
+    }
+    match files.first() {
+        Some(file) if reading.0.is_empty() => Err(DataError::file(&file.name, "has no rows")),
+        _ => Ok(reading.0),
+    }
+}
+
+fn of_row(mut row: Columns, codec: &Codec, plain: bool) -> Result<Prompt, Bad> {
+    let text = |keys: &[&str]| {
+        keys.iter().find_map(|key| match row.get(*key)? {
+            Value::String(text) => Some(text.clone()),
+            Value::Number(number) => Some(number.to_string()),
+            _ => None,
+        })
+    };
+    let (id, category) = (text(&["id", "uid", "prompt_id"]), text(&["category", "dataset", "domain"]));
+    let (group, reference) = (text(&["group", "subject"]), text(&["reference"]));
+    let prompt = if ["chosen", "rejected", "completion"].iter().any(|key| row.contains_key(*key)) {
+        let shape = Shape::recognise(&row).map_err(|problem| Bad::new(super::DropReason::Malformed, problem))?;
+        match shape.record(row, codec.chat_template().is_some())? {
+            Record::Plain(sides) => codec.prompt(&sides.prompt, true)?,
+            Record::Chat(sides) => codec.conversation(&sides.prompt)?,
+        }
+    } else if let Some(key) = ["messages", "conversations", "prompt"].into_iter().find(|key| is_messages(&row, key)) {
+        let mut messages = super::format::take_messages(&mut row, key)?;
+        while messages.last().is_some_and(Message::is_models) {
+            messages.pop();
+        }
+        codec.conversation(&messages)?
+    } else {
+        let text = text(&TEXTS).ok_or_else(|| Bad::new(super::DropReason::Malformed, "has no prompt"))?;
+        codec.prompt(&text, plain)?
+    };
+    Ok(Prompt { id, category, group, reference, ..prompt })
+}
+
+fn is_messages(row: &Columns, key: &str) -> bool {
+    row.get(key).is_some_and(Value::is_array)
+}
+
+impl Codec {
+    /// A text to answer: as the user's message, or to be continued as it stands where it is `plain` or the model has no
+    /// chat template.
+    pub(super) fn prompt(&self, text: &str, plain: bool) -> Result<Prompt, Bad> {
+        if !plain && self.chat_template().is_some() {
+            return self.conversation(&[Message::new("user", text)]);
+        }
+        let ids = self.encode(text)?;
+        if ids.is_empty() {
+            return Err(Bad::new(super::DropReason::EmptyPrompt, "the prompt is empty"));
+        }
+        Ok(Prompt { ids, text: text.to_owned(), id: None, category: None, group: None, reference: None })
+    }
+
+    /// A conversation whose next turn is the model's.
+    pub(super) fn conversation(&self, messages: &[Message]) -> Result<Prompt, Bad> {
+        let ids = self.encode_chat(&messages.iter().collect::<Vec<_>>(), true)?;
+        let text = match messages {
+            [only] => only.content.clone(),
+            turns => turns.iter().map(|turn| format!("{}: {}\n\n", turn.role, turn.content)).collect::<String>(),
+        };
+        let text = text.trim_end().to_owned();
+        Ok(Prompt { ids, text, id: None, category: None, group: None, reference: None })
+    }
+
+    /// The prompt that a single text is; see [`load_prompts`].
+    ///
+    /// # Errors
+    /// It is empty, or the template refuses it.
+    pub fn ask(&self, text: &str, plain: bool) -> Result<Prompt, DataError> {
+        self.prompt(text, plain).map_err(|bad| DataError::Prompt(bad.detail))
+    }
+
+    /// The prompt that `(role, content)` turns are.
+    ///
+    /// # Errors
+    /// The model has no chat template, or it refuses them.
+    pub fn chat(&self, turns: &[(String, String)]) -> Result<Prompt, DataError> {
+        let messages: Vec<Message> =
+            turns.iter().map(|(role, content)| Message::new(role, content.as_str())).collect();
+        self.conversation(&messages).map_err(|bad| DataError::Prompt(bad.detail))
+    }
+}
+
+/// An answer while its tokens come: its text as far as it is certain, and whether a stop text is in it.
+#[derive(Debug)]
+pub struct Answer<'c> {
+    codec: &'c Codec,
+    stops: &'c [String],
+    ids: Vec<u32>,
+    text: String,
+    /// Bytes of the text that were given out.
+    shown: usize,
+    stopped: bool,
+}
+
+impl<'c> Answer<'c> {
+    /// Nothing yet. It ends before the first of `stops` that appears in it.
+    #[must_use]
+    pub fn new(codec: &'c Codec, stops: &'c [String]) -> Self {
+        Self { codec, stops, ids: Vec::new(), text: String::new(), shown: 0, stopped: false }
+    }
+
+    /// Takes a token.
+    pub fn push(&mut self, token: u32) {
+        self.ids.push(token);
+        self.text = self.codec.decode(&self.ids);
+        let found =
+            self.stops.iter().filter(|stop| !stop.is_empty()).filter_map(|stop| self.text.find(stop.as_str()));
+        if let Some(at) = found.min() {
+            self.text.truncate(at);
+            self.stopped = true;
+        }
+    }
+
+    /// Whether one of the stop texts has come.
+    #[must_use]
+    pub fn stopped(&self) -> bool {
+        self.stopped
+    }
+
+    /// What can be shown since the last time: nothing of a character that is not whole, or of what may become a stop text.
+    /// `last` gives the rest.
+    pub fn news(&mut self, last: bool) -> String {
+        let mut end = self.text.len();
+        if !last && !self.stopped {
+            let held = |stop: &String| {
+                (1..stop.len()).rev().find(|&n| stop.is_char_boundary(n) && self.text.ends_with(&stop[..n]))
+            };
+            let held = self.stops.iter().filter_map(held).max().unwrap_or(0);
+            end = self.text.len() - held;
+            end = self.text[..end].trim_end_matches(char::REPLACEMENT_CHARACTER).len();
+        }
+        // what was shown may have to be taken back where a tokenizer joins words later; nothing more is shown then
+        match self.text.get(self.shown..end) {
+            Some(news) => {
+                self.shown = end;
+                news.to_owned()
+            }
+            None => String::new(),
+        }
+    }
+
+    /// All of it.
+    #[must_use]
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// Its tokens, those of a stop text too.
+    #[must_use]
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+}
