@@ -234,3 +234,87 @@ impl<'c> Answer<'c> {
         &self.ids
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn codec() -> Codec {
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes/quickstart/model");
+        Codec::open(&model, None).expect("a tokenizer with a chat template")
+    }
+
+    fn read(codec: &Codec, name: &str, text: &str, plain: bool) -> Result<Vec<Prompt>, DataError> {
+        let place = tempfile::tempdir().expect("a folder");
+        let file = place.path().join(name);
+        std::fs::write(&file, text).expect("written");
+        load_prompts(&Sources::one(&file), codec, plain, &Console::silent())
+    }
+
+    #[test]
+    fn one_question_in_all_its_shapes_is_one_prompt() {
+        let codec = codec();
+        let question = "What is hail?";
+        let asked = codec.ask(question, false).expect("a prompt");
+        let shapes = [
+            r#"{"prompt": "What is hail?"}"#,
+            r#"{"instruction": "What is hail?", "output": "Ice."}"#,
+            r#"{"question": "What is hail?"}"#,
+            r#"{"text": "What is hail?"}"#,
+            r#"{"messages": [{"role": "user", "content": "What is hail?"}, {"role": "assistant", "content": "Ice."}]}"#,
+            r#"{"prompt": [{"role": "user", "content": "What is hail?"}]}"#,
+            r#"{"conversations": [{"from": "human", "value": "What is hail?"}, {"from": "gpt", "value": "Ice."}]}"#,
+            r#"{"prompt": [{"role": "user", "content": "What is hail?"}], "chosen": [{"role": "assistant", "content": "Ice."}],
+                "rejected": [{"role": "assistant", "content": "Rain."}]}"#,
+            r#"{"chosen": [{"role": "user", "content": "What is hail?"}, {"role": "assistant", "content": "Ice."}],
+                "rejected": [{"role": "user", "content": "What is hail?"}, {"role": "assistant", "content": "Rain."}]}"#,
+        ];
+        for shape in shapes {
+            let prompts = read(&codec, "rows.jsonl", &shape.replace('\n', " "), false);
+            let prompts = prompts.unwrap_or_else(|error| panic!("{shape}: {error}"));
+            assert_eq!(prompts, [asked.clone()], "{shape}");
+        }
+        // rows of an array, with what belongs to them
+        let rows =
+            r#"[{"id": 7, "prompt": "What is hail?", "category": "weather", "group": "ice", "reference": "Ice."}]"#;
+        let [prompt] = &read(&codec, "rows.json", rows, false).expect("read")[..] else { panic!("one row") };
+        let all =
+            (prompt.id.as_deref(), prompt.category.as_deref(), prompt.group.as_deref(), prompt.reference.as_deref());
+        assert_eq!(all, (Some("7"), Some("weather"), Some("ice"), Some("Ice.")));
+        assert_eq!((&prompt.ids, &prompt.text), (&asked.ids, &asked.text));
+        // as it stands, it is no user's message
+        let [plain] = &read(&codec, "rows.jsonl", shapes[0], true).expect("read")[..] else { panic!("one row") };
+        assert_eq!(codec.decode(&plain.ids), question);
+        assert_ne!(plain.ids, asked.ids);
+    }
+
+    #[test]
+    fn an_answer_is_shown_as_far_as_it_is_certain() {
+        let codec = codec();
+        let text = "Lumps of ice fall — and then they melt.";
+        let ids = codec.encode(text).unwrap_or_else(|bad| panic!("{}", bad.detail));
+        let ids = &ids[codec.prefix.len()..];
+        let shown = |stops: &[String]| {
+            let (mut answer, mut shown) = (Answer::new(&codec, stops), String::new());
+            for (i, &id) in ids.iter().enumerate() {
+                answer.push(id);
+                shown.push_str(&answer.news(i + 1 == ids.len()));
+                assert!(answer.stopped() || text.starts_with(&shown), "{shown:?}");
+                assert!(!shown.contains(char::REPLACEMENT_CHARACTER));
+                if answer.stopped() {
+                    break;
+                }
+            }
+            assert_eq!(shown, answer.text());
+            shown
+        };
+        assert_eq!(shown(&[]), text);
+        assert_eq!(shown(&["never".into(), String::new()]), text);
+        assert_eq!(shown(&[" and then they".into()]), "Lumps of ice fall —");
+        assert_eq!(shown(&["melt".into(), "ice fall".into()]), "Lumps of ");
+        // the beginning of a stop text that does not come is shown in the end
+        assert_eq!(shown(&["melt. Then".into()]), text);
+    }
+}

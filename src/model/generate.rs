@@ -200,6 +200,9 @@ impl<'m> Generator<'m> {
             let logits = self.model.decoder.step(&rows, &self.cache, adapters)?.to_dtype(candle_core::DType::F32)?;
             for (&i, logits) in pass.iter().zip(logits.to_vec2::<f32>()?) {
                 let sequence = &mut self.sequences[i];
+                if logits.iter().any(|logit| logit.is_nan()) {
+                    candle_core::bail!("the model's logits are not numbers: its weights or the adapter's are broken")
+                }
                 sequence.filled = sequence.ids.len();
                 let token = choose(&logits, &sequence.ids, &sequence.request.sampling, &mut sequence.rng);
                 let stopped = sequence.request.stop_tokens.contains(&token);
@@ -236,6 +239,18 @@ pub(super) struct Continued<'i> {
 
 /// The next token, by logits as the model gave them.
 fn choose(logits: &[f32], ids: &[u32], sampling: &Sampling, rng: &mut ChaCha8Rng) -> u32 {
+    let kept = candidates(logits, ids, sampling);
+    let uniform = (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
+    let mut left = uniform * kept.iter().map(|(_, weight)| weight).sum::<f64>();
+    let drawn = kept.iter().find(|(_, weight)| {
+        left -= weight;
+        left < 0.0
+    });
+    drawn.or(kept.last()).map_or(0, |(token, _)| *token)
+}
+
+/// The tokens that may come next with what each weighs, the most probable first; one where there is no temperature.
+fn candidates(logits: &[f32], ids: &[u32], sampling: &Sampling) -> Vec<(u32, f64)> {
     /// What is less probable than the most probable token by this factor's exponential, one in 10¹², is never drawn.
     const NEVER: f64 = 28.0;
     let Sampling { temperature, top_p, top_k, min_p, repetition_penalty } = *sampling;
@@ -254,32 +269,28 @@ fn choose(logits: &[f32], ids: &[u32], sampling: &Sampling, rng: &mut ChaCha8Rng
     // the first of equals
     let best = (0..logits.len()).fold(0, |best, i| if logits[i] > logits[best] { i } else { best });
     if temperature <= 0.0 {
-        return best as u32;
+        return vec![(best as u32, 1.0)];
     }
     let below = |i: usize| f64::from(logits[best] - logits[i]) / temperature;
-    let mut kept: Vec<(usize, f64)> = (0..logits.len()).map(|i| (i, below(i))).filter(|(_, b)| *b < NEVER).collect();
+    let mut kept: Vec<(u32, f64)> =
+        (0..logits.len()).map(|i| (i as u32, below(i))).filter(|(_, below)| *below < NEVER).collect();
     kept.sort_unstable_by(|one, two| one.1.total_cmp(&two.1).then(one.0.cmp(&two.0)));
-    if top_k > 0 {
-        kept.truncate(top_k);
+    if let Some((_, last)) = top_k.checked_sub(1).and_then(|last| kept.get(last)).copied() {
+        // and what is equal to the last
+        kept.retain(|(_, below)| *below <= last);
     }
-    let mut weights: Vec<f64> = kept.iter().map(|(_, below)| (-below).exp()).collect();
-    let all: f64 = weights.iter().sum();
-    let least = weights.first().copied().unwrap_or(1.0) * min_p;
+    kept.iter_mut().for_each(|(_, below)| *below = (-*below).exp());
+    let all: f64 = kept.iter().map(|(_, weight)| weight).sum();
+    let least = kept.first().map_or(1.0, |(_, weight)| *weight) * min_p;
     let mut before = 0.0;
-    let is_kept = |&&weight: &&f64| {
-        let kept = before < top_p * all && weight >= least;
+    let is_kept = |(_, weight): &&(u32, f64)| {
+        let kept = before < top_p * all && *weight >= least;
         before += weight;
         kept
     };
-    let count = weights.iter().take_while(is_kept).count().max(1);
-    weights.truncate(count);
-    let uniform = (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
-    let mut left = uniform * weights.iter().sum::<f64>();
-    let drawn = weights.iter().position(|weight| {
-        left -= weight;
-        left < 0.0
-    });
-    kept.get(drawn.unwrap_or(count - 1)).map_or(best, |(i, _)| *i) as u32
+    let count = kept.iter().take_while(is_kept).count().max(1);
+    kept.truncate(count);
+    kept
 }
 
 impl Model {
@@ -306,5 +317,53 @@ impl Model {
             })?;
         }
         Ok(answer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What its logits processors leave, in their order; `scripts/make_generation_fixtures.py`.
+    #[test]
+    fn tokens_are_as_probable_as_in_transformers() {
+        #[derive(Deserialize)]
+        struct Case {
+            logits: Vec<f32>,
+            ids: Vec<u32>,
+            sampling: Sampling,
+            probabilities: Vec<f64>,
+        }
+        let cases: Vec<Case> =
+            serde_json::from_str(include_str!("../../tests/fixtures/sampling.json")).expect("the fixture");
+        assert_eq!(cases.len(), 13);
+        for Case { logits, ids, sampling, probabilities } in cases {
+            let kept = candidates(&logits, &ids, &sampling);
+            let all: f64 = kept.iter().map(|(_, weight)| weight).sum();
+            let mut found = vec![0.0; logits.len()];
+            kept.iter().for_each(|(token, weight)| found[*token as usize] = weight / all);
+            for (token, (found, expected)) in found.iter().zip(&probabilities).enumerate() {
+                // the penalty multiplies logits in f32
+                assert!((found - expected).abs() < 1e-7, "{sampling:?}, {token}: {found} and {expected}");
+            }
+            // as often as that, in so many draws: four standard deviations of a share
+            let (mut rng, mut counts) = (ChaCha8Rng::seed_from_u64(1), vec![0; logits.len()]);
+            const DRAWS: u32 = 4000;
+            (0..DRAWS).for_each(|_| counts[choose(&logits, &ids, &sampling, &mut rng) as usize] += 1);
+            for (count, expected) in counts.into_iter().zip(&probabilities) {
+                let deviation = (expected * (1.0 - expected) / f64::from(DRAWS)).sqrt();
+                let share = f64::from(count) / f64::from(DRAWS);
+                assert!((share - expected).abs() <= 4.0 * deviation + 1e-9, "{sampling:?}: {share} of {expected}");
+            }
+        }
+    }
+
+    #[test]
+    fn without_a_temperature_the_first_of_the_most_probable_is_taken() {
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let sampling = Sampling::default();
+        assert_eq!(choose(&[0.5, 2.0, 2.0, -1.0], &[], &sampling, &mut rng), 1);
+        let penalized = Sampling { repetition_penalty: 1.5, ..sampling };
+        assert_eq!(choose(&[0.5, 2.0, 1.9, -1.0], &[1], &penalized, &mut rng), 2);
     }
 }

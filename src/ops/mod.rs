@@ -38,6 +38,7 @@ pub(crate) mod check;
 
 use candle_core::{Result, Tensor};
 pub(crate) use cpu::few::FEW;
+pub(crate) use cpu::vectorised;
 
 /// Whether the CPU kernels can take this tensor: on the CPU, in f32 or f64.
 fn has_kernel(tensor: &Tensor) -> bool {

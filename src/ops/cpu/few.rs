@@ -4,19 +4,20 @@
 //! Each result is a sum in one order, whatever other rows there are: what is generated does not depend on what else is
 //! generated beside it.
 
+use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::Real;
 use super::weight::{Rows, Scratch};
-use super::{Real, vectorised};
 
 /// The most rows. From here on a product in blocks is faster.
 pub(crate) const FEW: usize = 16;
 /// Rows of the matrix that one task takes.
 const TASK: usize = 32;
-/// Rows of `x` that are multiplied together, while a row of the matrix is at hand.
-const TOGETHER: usize = 4;
-/// Partial sums of one result.
-const LANES: usize = 16;
+/// Rows of `x`, and rows of the matrix, that are multiplied together: their sums stay in registers, and each vector that is
+/// read serves several of them.
+const X: usize = 4;
+const W: usize = 2;
 
 /// Adds `scale · x Wᵀ` to `y [T, out]`, for `W [out, in]` and the rows of `x [T, in]`.
 pub(crate) fn add<T: Real>(y: &mut [T], scale: f64, x: &[&[T]], weight: &Rows<'_, T>, outputs: usize) {
@@ -26,24 +27,9 @@ pub(crate) fn add<T: Real>(y: &mut [T], scale: f64, x: &[&[T]], weight: &Rows<'_
     }
     // transposed, so that a task writes one place
     let mut product = vec![T::of(0.0); outputs * count];
-    product.par_chunks_mut(TASK * count).enumerate().for_each_init(Scratch::new, |scratch, (task, product)| {
-        for (i, product) in product.chunks_exact_mut(count).enumerate() {
-            let row = weight.row(task * TASK + i, scratch);
-            vectorised(
-                #[inline(always)]
-                || {
-                    let mut groups = product.chunks_exact_mut(TOGETHER).zip(x.chunks_exact(TOGETHER));
-                    for (product, x) in &mut groups {
-                        let x: [&[T]; TOGETHER] = std::array::from_fn(|i| x[i]);
-                        product.copy_from_slice(&dots(row, x));
-                    }
-                    let whole = count / TOGETHER * TOGETHER;
-                    for (product, x) in product[whole..].iter_mut().zip(&x[whole..]) {
-                        [*product] = dots(row, [*x]);
-                    }
-                },
-            );
-        }
+    let new = || [Scratch::new(), Scratch::new()];
+    product.par_chunks_mut(TASK * count).enumerate().for_each_init(new, |scratch, (task, product)| {
+        pulp::Arch::new().dispatch(Task { product, first: task * TASK, x, weight, scratch });
     });
     let scale = T::of(scale);
     for (output, product) in product.chunks_exact(count).enumerate() {
@@ -53,30 +39,102 @@ pub(crate) fn add<T: Real>(y: &mut [T], scale: f64, x: &[&[T]], weight: &Rows<'_
     }
 }
 
-/// `Σ w_i x_i` of several rows, each in the same order.
+/// Some rows of the matrix with all of `x`.
+struct Task<'t, T> {
+    /// `[rows, T]`
+    product: &'t mut [T],
+    /// The first of the rows.
+    first: usize,
+    x: &'t [&'t [T]],
+    weight: &'t Rows<'t, T>,
+    scratch: &'t mut [Scratch<T>; W],
+}
+
+impl<T: Real> WithSimd for Task<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { product, mut first, x, weight, scratch } = self;
+        let count = x.len();
+        for product in product.chunks_mut(W * count) {
+            match product.len() == W * count {
+                true => {
+                    let [one, two] = scratch;
+                    several(simd, [weight.row(first, one), weight.row(first + 1, two)], x, product);
+                }
+                false => several(simd, [weight.row(first, &mut scratch[0])], x, product),
+            }
+            first += W;
+        }
+    }
+}
+
+/// The products of `N` rows of the matrix with all of `x`. `[N, T]`
 #[inline(always)]
-fn dots<T: Real, const N: usize>(w: &[T], x: [&[T]; N]) -> [T; N] {
-    let x = x.map(|x| &x[..w.len()]);
-    let mut lanes = [[T::of(0.0); LANES]; N];
-    let whole = w.len() / LANES * LANES;
-    for start in (0..whole).step_by(LANES) {
-        for (lanes, x) in lanes.iter_mut().zip(&x) {
-            for (lane, sum) in lanes.iter_mut().enumerate() {
-                *sum += w[start + lane] * x[start + lane];
+fn several<T: Real, S: Simd, const N: usize>(simd: S, w: [&[T]; N], x: &[&[T]], product: &mut [T]) {
+    let count = x.len();
+    let (groups, rest) = x.as_chunks::<X>();
+    for (group, x) in groups.iter().enumerate() {
+        let dots = T::dots(simd, w, *x);
+        for i in 0..X {
+            for j in 0..N {
+                product[j * count + group * X + i] = dots[i][j];
             }
         }
     }
-    std::array::from_fn(|i| {
-        let mut total = T::of(0.0);
-        for &sum in &lanes[i] {
-            total += sum;
+    for (i, x) in rest.iter().enumerate() {
+        let [dots] = T::dots(simd, w, [*x]);
+        for j in 0..N {
+            product[j * count + groups.len() * X + i] = dots[j];
         }
-        for j in whole..w.len() {
-            total += w[j] * x[i][j];
-        }
-        total
-    })
+    }
 }
+
+/// `Real::dots`. Loops and no closures: a closure that is not inlined is compiled for the smallest registers.
+macro_rules! dots {
+    ($split:ident, $splat:ident, $mul_add:ident, $reduce:ident) => {
+        #[inline(always)]
+        fn dots<S: pulp::Simd, const W: usize, const X: usize>(
+            simd: S,
+            w: [&[Self]; W],
+            x: [&[Self]; X],
+        ) -> [[Self; W]; X] {
+            let (mut w_whole, mut w_rest) = ([S::$split(&[]).0; W], w);
+            let (mut x_whole, mut x_rest) = ([S::$split(&[]).0; X], x);
+            for j in 0..W {
+                (w_whole[j], w_rest[j]) = S::$split(w[j]);
+            }
+            let len = w_whole[0].len();
+            for i in 0..X {
+                (x_whole[i], x_rest[i]) = S::$split(x[i]);
+                x_whole[i] = &x_whole[i][..len];
+            }
+            for j in 0..W {
+                w_whole[j] = &w_whole[j][..len];
+            }
+            let mut sums = [[simd.$splat(0.0); W]; X];
+            for at in 0..len {
+                for i in 0..X {
+                    for j in 0..W {
+                        sums[i][j] = simd.$mul_add(w_whole[j][at], x_whole[i][at], sums[i][j]);
+                    }
+                }
+            }
+            let mut dots = [[0.0; W]; X];
+            for i in 0..X {
+                for j in 0..W {
+                    dots[i][j] = simd.$reduce(sums[i][j]);
+                    for at in 0..w_rest[j].len() {
+                        dots[i][j] += w_rest[j][at] * x_rest[i][at];
+                    }
+                }
+            }
+            dots
+        }
+    };
+}
+pub(super) use dots;
 
 #[cfg(test)]
 mod tests {

@@ -33,6 +33,14 @@ pub(crate) trait Real: WithDType + Float + std::iter::Sum {
     /// f32 as they are, or converted for the tests that compute in f64.
     fn of_f32s<'s>(values: &'s [f32], converted: &'s mut Vec<Self>) -> &'s [Self];
 
+    /// `Σ w x` for each of some `x` and each of some `w` of one length: `[X, W]` sums. Each is added up in the same order
+    /// whatever others there are.
+    fn dots<S: pulp::Simd, const W: usize, const X: usize>(
+        simd: S,
+        w: [&[Self]; W],
+        x: [&[Self]; X],
+    ) -> [[Self; W]; X];
+
     /// `tanh`, in the same form: `1 − 2 / (e^2x + 1)`.
     #[inline(always)]
     fn tanh_in_loop(self) -> Self {
@@ -50,6 +58,8 @@ impl Real for f32 {
     fn of_f32s<'s>(values: &'s [f32], _: &'s mut Vec<Self>) -> &'s [Self] {
         values
     }
+
+    few::dots!(as_simd_f32s, splat_f32s, mul_add_e_f32s, reduce_sum_f32s);
 }
 
 impl Real for f64 {
@@ -63,6 +73,8 @@ impl Real for f64 {
         converted.extend(values.iter().map(|&value| f64::from(value)));
         converted
     }
+
+    few::dots!(as_simd_f64s, splat_f64s, mul_add_e_f64s, reduce_sum_f64s);
 }
 
 /// Runs `loops` compiled for the widest vector registers of this machine.
