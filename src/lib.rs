@@ -17,6 +17,7 @@
 //! | [`adapter`] | LoRA and PEFT's files |
 //! | [`loss`] | one file a loss |
 //! | [`export`] | merged models, and adapters for other programs |
+//! | [`statistics`] | honest comparisons: scores, intervals, tests, control for length and style |
 //! | [`train`] | updates, optimizer, schedule, evaluation, checkpoints |
 //! | [`run_folder`] | what a run leaves behind |
 //!
@@ -43,6 +44,7 @@ pub mod quant;
 pub mod range;
 pub mod recipe;
 pub mod run_folder;
+pub mod statistics;
 mod suggest;
 pub mod tensor_file;
 pub mod train;
