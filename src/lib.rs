@@ -16,6 +16,7 @@
 //! | [`quant`] | frozen matrices: dense, GGUF blocks, NF4 |
 //! | [`adapter`] | LoRA and PEFT's files |
 //! | [`loss`] | one file a loss |
+//! | [`eval`] | what an adapter has changed, without a judge |
 //! | [`export`] | merged models, and adapters for other programs |
 //! | [`statistics`] | honest comparisons: scores, intervals, tests, control for length and style |
 //! | [`train`] | updates, optimizer, schedule, evaluation, checkpoints |
@@ -29,6 +30,7 @@ pub mod bytes;
 pub mod cli;
 pub mod commands;
 pub mod data;
+pub mod eval;
 pub mod export;
 pub mod files;
 pub mod gguf;
