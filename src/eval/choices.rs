@@ -152,7 +152,94 @@ pub fn score_choices(
 
 #[cfg(test)]
 mod tests {
+    use std::path::{Path, PathBuf};
+
+    use candle_core::DType;
+    use serde::Deserialize;
+
     use super::*;
+    use crate::adapter::{LoraConfig, peft};
+    use crate::data::{ChoiceForm, Codec, load_choices};
+    use crate::model::Base;
+    use crate::quant::Quant;
+
+    /// By lm-evaluation-harness; see scripts/make_choices_fixtures.py.
+    #[derive(Deserialize)]
+    struct Fixture {
+        quickstart: Vec<Answered>,
+        #[serde(rename = "stories260K")]
+        stories: Vec<Answered>,
+        #[serde(rename = "stories260K_trl")]
+        stories_trl: Vec<Answered>,
+    }
+
+    #[derive(Deserialize)]
+    struct Answered {
+        logps: Vec<f64>,
+        acc: usize,
+        acc_norm: usize,
+    }
+
+    fn here(path: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+    }
+
+    fn fixture() -> Fixture {
+        serde_json::from_str(include_str!("../../tests/fixtures/choices.json")).expect("JSON")
+    }
+
+    fn scored(model: &Path, adapter: Option<&Path>) -> ChoiceResult {
+        let base = Base::local(model).expect("there");
+        let config = base.config(Quant::None).expect("a config");
+        let modules = config.modules();
+        let (decoder, _) = base.load(config, &Console::silent()).expect("weights");
+        let adapters = match adapter {
+            Some(folder) => peft::load(folder, &modules, DType::F32),
+            None => crate::adapter::new(&LoraConfig::default(), &modules, 0, DType::F32, decoder.device()),
+        };
+        let model_with = Model::new(decoder, adapters.expect("an adapter")).expect("fits");
+        let codec = Codec::open(model, None).expect("a tokenizer");
+        let file = here("tests/fixtures/choices.jsonl");
+        let questions = load_choices(&file, &codec, ChoiceForm::Plain, &Console::silent()).expect("read");
+        let bootstrap = Bootstrap { draws: 100, seed: 0 };
+        score_choices(&model_with, &questions, bootstrap, &Console::silent()).expect("scored")
+    }
+
+    fn agree(ours: &[Vec<f64>], acc: f64, acc_norm: f64, theirs: &[Answered]) {
+        // both compute in f32, with sums in another order; the largest log-prob here is about 200
+        for (question, (ours, theirs)) in ours.iter().zip(theirs).enumerate() {
+            assert_eq!(ours.len(), theirs.logps.len());
+            for (ours, theirs) in ours.iter().zip(&theirs.logps) {
+                assert!((ours - theirs).abs() < 2e-4 * theirs.abs().max(1.0), "question {question}: {ours} {theirs}");
+            }
+        }
+        let share = |of: fn(&Answered) -> usize| theirs.iter().map(of).sum::<usize>() as f64 / theirs.len() as f64;
+        assert_eq!(ours.len(), theirs.len());
+        assert_eq!((acc, acc_norm), (share(|one| one.acc), share(|one| one.acc_norm)));
+    }
+
+    #[test]
+    fn log_likelihoods_and_accuracies_are_lm_evals() {
+        let result = scored(&here("recipes/quickstart/model"), None);
+        agree(&result.base_logps, result.summed.base, result.normalized.base, &fixture().quickstart);
+        // an adapter that is zero changes nothing
+        assert_eq!(result.base_logps, result.policy_logps);
+        assert_eq!((result.summed.difference, result.summed.mcnemar, result.cut), (0.0, 1.0, 0));
+        // 4 choices, 3, 4, 2, 4, 3, 3, 3
+        assert!((result.chance - (3.0 / 4.0 + 4.0 / 3.0 + 0.5) / 8.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_real_adapter_answers_as_it_does_in_lm_eval() {
+        let Some(real) = std::env::var_os("DPO_LORA_REAL").map(PathBuf::from) else {
+            eprintln!("skipped: DPO_LORA_REAL is not set");
+            return;
+        };
+        let adapter = real.join("adapters/trl-dpo-stories260K/sigmoid/final");
+        let result = scored(&real.join("stories260K"), Some(&adapter));
+        agree(&result.base_logps, result.summed.base, result.normalized.base, &fixture().stories);
+        agree(&result.policy_logps, result.summed.policy, result.normalized.policy, &fixture().stories_trl);
+    }
 
     #[test]
     fn what_changed_is_paired() {
