@@ -192,7 +192,106 @@ pub fn repetition<'a>(answers: impl Iterator<Item = &'a [u32]> + Clone) -> Repet
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use candle_core::{DType, Tensor};
+
     use super::*;
+    use crate::adapter::LoraConfig;
+    use crate::model::generate::{End, Generator, Request, Sampling};
+    use crate::model::{Base, Keep};
+    use crate::quant::Quant;
+    use crate::statistics::standard_error;
+
+    /// The quickstart's base with an adapter that changes it somewhat.
+    fn changed() -> Model {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes/quickstart/model");
+        let base = Base::local(&folder).expect("there");
+        let config = base.config(Quant::None).expect("a config");
+        let modules = config.modules();
+        let (decoder, _) = base.load(config, &Console::silent()).expect("weights");
+        let adapters = crate::adapter::new(&LoraConfig::default(), &modules, 0, DType::F32, decoder.device());
+        let mut model = Model::new(decoder, adapters.expect("an adapter")).expect("fits");
+        let tensors = model.adapters().tensors().map(|(_, tensor)| {
+            // B is zero; a wave in its place, of another phase in each column
+            let size = tensor.elem_count();
+            let is_b = tensor.abs()?.sum_all()?.to_scalar::<f32>()? == 0.0;
+            let wave: Vec<f32> = (0..size).map(|i| 0.02 * (i as f32 * 1.7).sin()).collect();
+            if is_b { Tensor::from_vec(wave, tensor.shape(), tensor.device()) } else { Ok(tensor.clone()) }
+        });
+        let tensors = tensors.collect::<candle_core::Result<Vec<_>>>().expect("made");
+        model.replace(tensors).expect("fits");
+        model
+    }
+
+    fn sample(model: &Model, prompts: usize, stop: u32) -> Vec<Sampled> {
+        let mut generator = Generator::new(model, Adapter::On, prompts, 16).expect("room");
+        let prompt = vec![1u32, 300, 41];
+        let mut answers = vec![Sampled { prompt: prompt.clone(), ids: Vec::new(), ended: false }; prompts];
+        for seed in 0..prompts as u64 {
+            let request = Request {
+                prompt: prompt.clone(),
+                stop_tokens: vec![stop],
+                max_new_tokens: 8,
+                sampling: Sampling { temperature: 1.0, ..Sampling::default() },
+                seed,
+            };
+            assert_eq!(generator.add(request), Some(seed));
+        }
+        while !generator.is_idle() {
+            let step = generator.step(|next| {
+                let answer = &mut answers[next.key as usize];
+                answer.ids.extend(next.token);
+                answer.ended = next.end == Some(End::Stop);
+                true
+            });
+            step.expect("computed");
+        }
+        answers
+    }
+
+    #[test]
+    fn exact_divergences_have_the_mean_of_log_ratios_and_spread_less() {
+        let model = changed();
+        // any token will do as the end; one that is drawn now and then
+        let stop = sample(&model, 1, u32::MAX)[0].ids[2];
+        let answers = sample(&model, 400, stop);
+        assert!(answers.iter().any(|answer| answer.ended) && answers.iter().any(|answer| !answer.ended));
+        let bootstrap = Bootstrap { draws: 200, seed: 0 };
+        let distance = Distance::of(&model, &answers, stop, bootstrap, &Console::silent()).expect("computed");
+        let ratios: Vec<f64> = answers
+            .iter()
+            .map(|answer| {
+                let branch: Vec<u32> = answer.ids.iter().copied().chain(answer.ended.then_some(stop)).collect();
+                let mut packer = Packer::default();
+                packer.push(0, &answer.prompt, &[&branch], PromptSpan::No);
+                let batch = packer.finish();
+                let logp = |adapter| -> f64 {
+                    let scores = model.forward(&batch, adapter, Keep::Scores).expect("computed").scores;
+                    scores.iter().map(|score| score.logp).sum()
+                };
+                logp(Adapter::On) - logp(Adapter::Off)
+            })
+            .collect();
+        let differences: Vec<f64> = distance.totals.iter().zip(&ratios).map(|(exact, ratio)| exact - ratio).collect();
+        let error = standard_error(&differences);
+        // a martingale: the mean is zero within its standard error; 3.5 of them are passed once in two thousand seeds
+        assert!(mean(&differences).abs() < 3.5 * error, "{} ± {error}", mean(&differences));
+        assert!(standard_error(&distance.totals) < standard_error(&ratios));
+        assert!(distance.total.estimate > 5.0 * error, "{:?} is too small to tell", distance.total);
+    }
+
+    #[test]
+    fn an_adapter_that_is_zero_is_at_no_distance() {
+        let mut model = changed();
+        let zeros = model.adapters().tensors().map(|(_, tensor)| tensor.zeros_like());
+        let zeros = zeros.collect::<candle_core::Result<Vec<_>>>().expect("made");
+        model.replace(zeros).expect("fits");
+        let cut = Sampled { prompt: vec![1, 5], ids: Vec::new(), ended: false };
+        let answers = [Sampled { prompt: vec![1, 5], ids: vec![7, 9], ended: true }, cut];
+        let distance = Distance::of(&model, &answers, 2, Bootstrap::default(), &Console::silent()).expect("computed");
+        assert_eq!((distance.totals.len(), distance.total.estimate, distance.per_token.estimate), (1, 0.0, 0.0));
+    }
 
     #[test]
     fn loops_repeat_and_prose_does_not() {

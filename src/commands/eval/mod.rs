@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use miette::Diagnostic;
 use thiserror::Error;
 
-use self::report::{Chosen, Report, Sampling};
+use self::report::{Chosen, Data, Report, Sampling};
 use super::answering::Answering;
 use super::trained::{Trained, candle, described};
 use super::{Failure, failed, print_json, request};
@@ -99,7 +99,12 @@ pub fn eval(arguments: &cli::Eval) -> Result<(), Failure> {
     if let Some(data) = &data {
         let examples = spread(data.len(), arguments.limit);
         let prompts = prompt_numbers(data, &examples);
-        report.data = Some((source_names(&trained, arguments), examples.len(), data.facts()));
+        report.data = Some(Data {
+            files: source_names(&trained, arguments),
+            examples: examples.len(),
+            facts: data.facts(),
+            drops: data.drops().clone(),
+        });
         report.pairs = Some(work.pairs(data, &examples, &prompts)?);
         if arguments.kl_prompts > 0 {
             report.sampling = Some(work.answers(data, &examples, &prompts)?);

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde_json::{Map, Value, json};
 
 use super::file_name;
-use crate::data::Facts;
+use crate::data::{Drops, Facts};
 use crate::eval::{AnswerSide, Answers, Check, ChoiceResult, Distance, Histogram, Pairs, health};
 use crate::loss::Loss;
 use crate::progress::thousands;
@@ -30,11 +30,21 @@ pub(super) struct Report {
     /// Whether the reference is not the base alone.
     pub(super) reference_adapter: bool,
     pub(super) seed: u64,
-    /// Files, examples that were used, and what was read.
-    pub(super) data: Option<(Vec<String>, usize, Facts)>,
+    pub(super) data: Option<Data>,
     pub(super) pairs: Option<Pairs>,
     pub(super) sampling: Option<Sampling>,
     pub(super) choices: Vec<(PathBuf, ChoiceResult)>,
+}
+
+/// Held-out examples.
+pub(super) struct Data {
+    pub(super) files: Vec<String>,
+    /// That were used.
+    pub(super) examples: usize,
+    /// What was read.
+    pub(super) facts: Facts,
+    /// What was left out.
+    pub(super) drops: Drops,
 }
 
 /// Answers that were sampled.
@@ -148,7 +158,10 @@ impl Report {
         }
         if let Some(Sampling { answers: Answers { base, policy, .. }, distance, chosen, .. }) = &self.sampling {
             checks.push(health::kl(distance.total.estimate));
-            checks.push(health::length(policy.tokens, base.tokens, chosen.as_ref().map(|chosen| chosen.tokens)));
+            // where both are cut, their lengths are the limit's
+            if policy.truncated.min(base.truncated) <= 0.5 {
+                checks.push(health::length(policy.tokens, base.tokens, chosen.as_ref().map(|chosen| chosen.tokens)));
+            }
             checks.push(health::truncated(policy.truncated, base.truncated));
             checks.push(health::repeated(policy.repetition.repeated_4grams, base.repetition.repeated_4grams));
         }
@@ -168,8 +181,9 @@ impl Report {
             "beta": self.loss.beta(),
             "reference": if self.reference_adapter { "the adapter that training began from" } else { "base" },
             "seed": self.seed,
-            "data": self.data.as_ref().map(|(files, examples, facts)| json!({
-                "files": files, "examples": examples, "facts": facts
+            "data": self.data.as_ref().map(|Data { files, examples, facts, drops }| json!({
+                "files": files, "examples": examples, "facts": facts, "dropped": drops.counts(),
+                "dropped_rows": drops.listed()
             })),
             "pairs": self.pairs.as_ref().map_or(0, |pairs| pairs.count),
         });
@@ -221,11 +235,12 @@ impl Report {
         };
         line(&mut text, format_args!("{:<12}{}, {}", "adapter", self.name, self.adapter));
         line(&mut text, format_args!("{:<12}{loss}", "loss"));
-        if let (Some((files, examples, _)), Some(pairs)) = (&self.data, &self.pairs) {
-            line(
-                &mut text,
-                format_args!("{:<12}{} examples of {}", "held out", thousands(*examples), files.join(", ")),
-            );
+        if let (Some(Data { files, examples, drops, .. }), Some(pairs)) = (&self.data, &self.pairs) {
+            let files = files.join(", ");
+            line(&mut text, format_args!("{:<12}{} examples of {files}", "held out", thousands(*examples)));
+            if drops.total() > 0 {
+                line(&mut text, format_args!("{:<12}left out: {drops}", ""));
+            }
             pairs_text(&mut text, pairs);
         }
         if let Some(sampling) = &self.sampling {
@@ -432,15 +447,16 @@ fn short(x: f64) -> String {
 }
 
 fn checks_text(text: &mut String, checks: &[Check]) {
-    line(text, format_args!("\n{:<38}{:>9}   {:<14}{}", "what to make of it", "value", "healthy", "verdict"));
+    line(text, format_args!("\n{:<38}{:>9}   {:<14}verdict", "what to make of it", "value", "healthy"));
     for Check { name, value, healthy, verdict, why } in checks {
-        line(text, format_args!("{name:<38}{value:>9.3}   {healthy:<14}{:<7}{why}", verdict.word()));
+        line(text, format_args!("{name:<38}{value:>9.3}   {healthy:<14}{}", verdict.word()));
+        line(text, format_args!("    {why}"));
     }
 }
 
 fn line(text: &mut String, line: std::fmt::Arguments<'_>) {
     // a string takes everything
-    _ = writeln!(text, "{}", line);
+    _ = writeln!(text, "{}", line.to_string().trim_end());
 }
 
 #[cfg(test)]
