@@ -66,6 +66,9 @@ pub fn eval(arguments: &cli::Eval) -> Result<(), Failure> {
         return Err(request(EvalError::Nothing));
     }
     check_names(arguments, data.as_ref())?;
+    if data.is_none() {
+        console.warning("no held-out pairs are known, so only the questions are evaluated; --data FILE names some");
+    }
     let codec = trained.codec()?;
     let questions = questions(arguments, &codec, &console)?;
     let reference = trained.reference()?;
