@@ -185,6 +185,34 @@ fn questions_that_cannot_be_scored_are_named_by_file_and_line() {
 }
 
 #[test]
+fn questions_put_by_the_chat_template_are_preferred_as_pairs_are() {
+    let place = Place::new();
+    place.train("out", &["--set", "train.steps=12"]);
+    let said = |role: &str, content: &Value| json!([{ "role": role, "content": content }]);
+    let (mut chats, mut asked) = (String::new(), String::new());
+    for line in pairs(9).lines() {
+        let row: Value = serde_json::from_str(line).expect("JSON");
+        let chat = json!({
+            "prompt": said("user", &row["prompt"]), "chosen": said("assistant", &row["chosen"]),
+            "rejected": said("assistant", &row["rejected"]),
+        });
+        let question = json!({ "question": row["prompt"], "choices": [row["rejected"], row["chosen"]], "answer": row["chosen"] });
+        chats.push_str(&format!("{chat}\n"));
+        asked.push_str(&format!("{question}\n"));
+    }
+    place.write("chats.jsonl", chats);
+    place.write("asked.jsonl", asked);
+    let arguments =
+        ["--data", "chats.jsonl", "--choices", "asked.jsonl", "--choices-chat", "--kl-prompts", "0", "--json"];
+    let output = place.run(&[&["eval", "out"][..], &arguments].concat());
+    assert!(output.status.success(), "{}", stderr(&output));
+    let eval: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    for side in ["base", "policy"] {
+        assert_eq!(number(&eval["choices"][0][side]), number(&eval[side]["logps/accuracies"]), "{side}");
+    }
+}
+
+#[test]
 fn an_sft_run_and_a_kto_run_are_evaluated_too() {
     for loss in ["sft", "kto", "orpo", "ipo"] {
         let place = Place::new();
