@@ -1,5 +1,7 @@
 //! The command line.
 
+mod eval;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -7,6 +9,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::bytes::Bytes;
 use crate::export::check::Consumer;
 use crate::quant::Quant;
+
+pub use eval::{Bound, Eval};
 
 /// Preference-tune a language model with LoRA adapters, from one recipe.
 #[derive(Debug, Parser)]
@@ -35,6 +39,9 @@ pub enum Command {
     /// Hold a merged or quantized model against base and adapter.
     #[command(after_help = COMPARE_HELP)]
     Compare(Compare),
+    /// Measure what an adapter has changed: preferences, distance from the base, answers, other abilities.
+    #[command(after_help = eval::HELP)]
+    Eval(Eval),
     /// Answer prompts, with the adapter on, off, or both.
     #[command(after_help = GENERATE_HELP)]
     Generate(Generate),

@@ -16,7 +16,9 @@
 //! | [`quant`] | frozen matrices: dense, GGUF blocks, NF4 |
 //! | [`adapter`] | LoRA and PEFT's files |
 //! | [`loss`] | one file a loss |
+//! | [`eval`] | what an adapter has changed, without a judge |
 //! | [`export`] | merged models, and adapters for other programs |
+//! | [`statistics`] | honest comparisons: scores, intervals, tests, control for length and style |
 //! | [`train`] | updates, optimizer, schedule, evaluation, checkpoints |
 //! | [`run_folder`] | what a run leaves behind |
 //!
@@ -28,6 +30,7 @@ pub mod bytes;
 pub mod cli;
 pub mod commands;
 pub mod data;
+pub mod eval;
 pub mod export;
 pub mod files;
 pub mod gguf;
@@ -43,6 +46,7 @@ pub mod quant;
 pub mod range;
 pub mod recipe;
 pub mod run_folder;
+pub mod statistics;
 mod suggest;
 pub mod tensor_file;
 pub mod train;

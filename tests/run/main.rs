@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod generate;
+mod eval;
 mod hub;
 mod merged;
 mod plan;

@@ -1,0 +1,35 @@
+//! How much a number of prompts can show.
+
+use super::Z95;
+
+/// `Φ⁻¹(0.8)`, of a power of 80 %.
+const Z80: f64 = 0.841_621_233_572_914_3;
+
+/// How many prompts show a difference of `difference` from ½ with a power of 80 % at 5 %, two-sided, where scores have the
+/// standard deviation `sd`:
+///
+/// ```text
+/// n = ⌈(z₀.₉₇₅ + z₀.₈)² sd² / difference²⌉
+/// ```
+#[must_use]
+pub fn prompts_needed(sd: f64, difference: f64) -> usize {
+    ((Z95 + Z80) * sd / difference).powi(2).ceil() as usize
+}
+
+/// The difference that `prompts` prompts show with a power of 80 %: [`prompts_needed`] the other way round.
+#[must_use]
+pub fn detectable_difference(sd: f64, prompts: usize) -> f64 {
+    (Z95 + Z80) * sd / (prompts.max(1) as f64).sqrt()
+}
+
+/// What the mean of `scores` could be, whatever became of `unresolved` further prompts: all lost, or all won,
+///
+/// ```text
+/// [Σ s / (n + u), (Σ s + u) / (n + u)]
+/// ```
+#[must_use]
+pub fn bounds(scores: &[f64], unresolved: usize) -> [f64; 2] {
+    let all = (scores.len() + unresolved) as f64;
+    let sum = scores.iter().sum::<f64>();
+    if all == 0.0 { [0.0, 1.0] } else { [sum / all, (sum + unresolved as f64) / all] }
+}
