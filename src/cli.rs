@@ -1,5 +1,7 @@
 //! The command line.
 
+mod serve;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -7,6 +9,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::bytes::Bytes;
 use crate::export::check::Consumer;
 use crate::quant::Quant;
+
+pub use serve::Serve;
 
 /// Preference-tune a language model with LoRA adapters, from one recipe.
 #[derive(Debug, Parser)]
@@ -40,6 +44,9 @@ pub enum Command {
     Generate(Generate),
     /// Talk to the policy and to the base.
     Chat(Chat),
+    /// Answer other programs, in the manner of OpenAI's API.
+    #[command(after_help = serve::HELP)]
+    Serve(Serve),
 }
 
 const RUN_HELP: &str = "\

@@ -19,6 +19,7 @@
 //! | [`export`] | merged models, and adapters for other programs |
 //! | [`train`] | updates, optimizer, schedule, evaluation, checkpoints |
 //! | [`run_folder`] | what a run leaves behind |
+//! | [`serve`] | an OpenAI-style server of base and policy |
 //!
 //! `examples/dpo_step_by_step.rs` derives the losses for a newcomer.
 
@@ -43,6 +44,7 @@ pub mod quant;
 pub mod range;
 pub mod recipe;
 pub mod run_folder;
+pub mod serve;
 mod suggest;
 pub mod tensor_file;
 pub mod train;

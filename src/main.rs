@@ -20,6 +20,7 @@ fn main() -> ExitCode {
         Command::Compare(compare) => commands::compare::compare(compare),
         Command::Generate(generate) => commands::generate::generate(generate),
         Command::Chat(chat) => commands::chat::chat(chat),
+        Command::Serve(serve) => commands::serve::serve(serve),
     });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

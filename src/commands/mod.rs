@@ -10,6 +10,7 @@ pub mod merge;
 pub mod plan;
 mod prepare;
 pub mod run;
+pub mod serve;
 mod trained;
 
 use std::process::ExitCode;

@@ -8,6 +8,7 @@ mod recipes;
 mod reference;
 mod results;
 mod resume;
+mod serve;
 mod trl;
 
 use std::fs;
