@@ -3,8 +3,9 @@
     python scripts/interop/harness.py FOLDER --model DIR --adapter DIR [--model DIR --adapter DIR ...]
 
 FOLDER is made, and gets the harness's files. The task is harness/facts.yaml, of this project. Each model is asked through
-`--model local-completions`, with the server's tokenizer, and loaded by `--model hf`, with PEFT for the policy; the
-log-likelihoods of every answer to every question are compared, and whether it is what the model would have said.
+`--model local-completions` and loaded by `--model hf`, with PEFT for the policy; the log-likelihoods of every answer to
+every question are compared, and whether it is what the model would have said. Both begin texts with a BOS, and then the base
+is measured once more with the server's own tokenizer, through which the harness cannot ask for a BOS.
 
 Needs the packages of requirements-serve.txt beside this script, and no network. docs/interop.md has what was seen.
 """
@@ -30,7 +31,7 @@ def measure(folder, model, arguments, batch):
         "TOKENIZERS_PARALLELISM": "false",
     }
     command = [sys.executable, "-m", "lm_eval", "--model", model, "--model_args", arguments, "--tasks", "facts",
-               "--include_path", ".", "--batch_size", str(batch), "--log_samples", "--output_path", str(folder)]
+               "--include_path", ".", "--device", "cpu", "--batch_size", str(batch), "--log_samples", "--output_path", str(folder)]
     start = time.perf_counter()
     done = subprocess.run(command, cwd=TASKS, env=environment, capture_output=True, text=True)
     seconds = time.perf_counter() - start
@@ -55,21 +56,22 @@ def main():
     worst = 0.0
     for model, adapter in zip(arguments.model, arguments.adapter, strict=True):
         model, adapter = model.resolve(), adapter.resolve()
-        names = {"base": "", "policy": f",peft={adapter}"}
+        remote, local = "tokenizer_backend=remote", f"tokenizer_backend=huggingface,tokenizer={model},add_bos_token=True"
+        kinds = [("base", "", True, local), ("policy", f",peft={adapter}", True, local), ("base", "", False, remote)]
         with served(adapter, "--base", model, "--name", "policy", "--base-name", "base") as address:
-            for name, peft in names.items():
-                at = folder / model.name / name
+            for name, peft, bos, tokenizer in kinds:
+                at = folder / model.name / f"{name}-{tokenizer.split(',')[0]}"
                 url = f"{address}/v1/completions"
-                # a token less than there is room for: the harness asks for one more than it scores
-                served_arguments = f"model={name},base_url={url},tokenizer_backend=remote,max_length=511"
-                ours = measure(at / "serve", "local-completions", served_arguments, arguments.batch)
-                loaded = f"pretrained={model},dtype=float32,device=cpu{peft}"
+                asked = f"model={name},base_url={url},max_length=512,{tokenizer}"
+                ours = measure(at / "serve", "local-completions", asked, arguments.batch)
+                loaded = f"pretrained={model},dtype=float32,add_bos_token={bos}{peft}"
                 theirs = measure(at / "hf", "hf", loaded, arguments.batch)
                 difference = max(abs(a - b) for (a, _), (b, _) in zip(ours[1], theirs[1], strict=True))
                 greedy = sum(a != b for (_, a), (_, b) in zip(ours[1], theirs[1]))
                 worst = max(worst, difference)
-                print(f"{model.name:>12} {name:>6}: acc {ours[0]:.4f} (hf {theirs[0]:.4f}), {len(ours[1])} answers, largest "
-                      f"difference {difference:.1e}, {greedy} of another greediness; {ours[2]:.1f} s (hf {theirs[2]:.1f} s)")
+                print(f"{model.name} {name}, {'with' if bos else 'no'} BOS: acc {ours[0]:.4f} (hf {theirs[0]:.4f}), "
+                      f"{len(ours[1])} answers, largest difference {difference:.1e}, {greedy} of another greediness; "
+                      f"{ours[2]:.1f} s (hf {theirs[2]:.1f} s)", flush=True)
                 assert ours[0] == theirs[0] and greedy == 0
     # sums of f32 log-probs over answers of up to ten tokens
     assert worst < 1e-4, worst

@@ -220,7 +220,8 @@ impl<'c> Answer<'c> {
         let before = self.codec.decode(&self.ids[self.window..self.read]);
         let now = self.codec.decode(&self.ids[self.window..]);
         let longest = self.stops.iter().map(String::len).max().unwrap_or(0);
-        let searched = self.text.floor_char_boundary(self.certain.saturating_sub(longest));
+        let searched = self.certain.saturating_sub(longest);
+        let searched = (0..=searched).rev().find(|&at| self.text.is_char_boundary(at)).unwrap_or(0);
         self.text.truncate(self.certain);
         self.text.push_str(now.get(before.len()..).unwrap_or_default());
         if now.len() > before.len() && !now.ends_with(char::REPLACEMENT_CHARACTER) {

@@ -32,6 +32,8 @@ use crate::model::Adapter;
 use crate::model::generate::{End, Request as Continuation};
 use crate::progress::Console;
 
+/// The most log-probabilities that one request gets, so that its answer is some tens of megabytes and not gigabytes.
+const MOST_LOGPROBS: usize = 1_000_000;
 /// Tokens of a completion that names no number, as in OpenAI's API.
 const COMPLETION_TOKENS: usize = 16;
 /// How long what is left of a refused request is read, so that the client reads the refusal.
@@ -86,6 +88,7 @@ async fn guard(State(app): State<Arc<App>>, request: Request, next: Next) -> Res
     };
     line.used = response.extensions_mut().remove::<Arc<Used>>();
     line.status = Some(response.status());
+    line.sent = response.body().is_end_stream();
     response.map(|body| Body::new(Logged { body, line }))
 }
 
@@ -348,6 +351,8 @@ async fn completions(State(app): State<Arc<App>>, request: Request) -> Result<Re
     for ids in &prompts {
         app.room("prompt", ids.len(), if scores_only || wanted == 0 { 0 } else { wanted })?;
     }
+    let scored: usize = if is_scored { prompts.iter().map(Vec::len).sum() } else { 0 };
+    few_logprobs(logprobs, scored.saturating_mul(common.n), prompts.len().saturating_mul(common.n), wanted)?;
     if !scores_only && prompts.len() * common.n > MOST_ANSWERS {
         return Err(ApiError::param("n", format!("a request has at most {MOST_ANSWERS} answers")));
     }
@@ -365,7 +370,9 @@ async fn completions(State(app): State<Arc<App>>, request: Request) -> Result<Re
                 Some(Event::Scored(scored)) => {
                     let first = Entry { id: prompts[scored.prompt][0], logp: None, top: Vec::new() };
                     let rest = scored.tokens.into_iter().map(Entry::from);
-                    choices[scored.prompt].tokens = std::iter::once(first).chain(rest).collect();
+                    let choice = &mut choices[scored.prompt];
+                    choice.tokens = std::iter::once(first).chain(rest).collect();
+                    choice.echoed = choice.tokens.len();
                     next[scored.prompt] = Some(scored.next);
                 }
                 Some(Event::Failed) => return Err(ApiError::failed()),
@@ -393,6 +400,17 @@ async fn completions(State(app): State<Arc<App>>, request: Request) -> Result<Re
     }
     let head = Head::new(Kind::Completion, used, app.codec.clone(), logprobs.is_some(), common.include_usage);
     reply(&app, side, answers, choices, head, common.stream, place).await
+}
+
+/// Refuses what asks for too many log-probabilities: of so many tokens of prompts, and of answers with so many each.
+fn few_logprobs(logprobs: Option<usize>, prompts: usize, answers: usize, tokens: usize) -> Result<(), ApiError> {
+    let Some(top) = logprobs else { return Ok(()) };
+    let asked = answers.saturating_mul(tokens).saturating_add(prompts).saturating_mul(top + 1);
+    if asked <= MOST_LOGPROBS {
+        return Ok(());
+    }
+    let problem = format!("these are up to {asked} log-probabilities; a request gets at most {MOST_LOGPROBS}");
+    Err(ApiError::param("logprobs", problem))
 }
 
 /// Ends a choice with the token that is most probable after its prompt.
@@ -426,6 +444,7 @@ async fn chat(State(app): State<Arc<App>>, request: Request) -> Result<Response,
         return Err(ApiError::param("max_tokens", "an answer has at least one token"));
     }
     app.room("messages", ids.len(), wanted)?;
+    few_logprobs(logprobs, 0, common.n, wanted)?;
     let used = Arc::new(Used { model, prompt: ids.len(), ..Used::default() });
     let answers =
         (0..common.n as u64).map(|sample| asked(&app, &ids, wanted, &common, sample, logprobs, false)).collect();

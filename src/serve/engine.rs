@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::mpsc::Receiver;
 
 use candle_core::Result;
 use tokio::sync::mpsc::UnboundedSender;
@@ -79,8 +79,8 @@ pub(super) struct Asked {
 pub(super) enum Event {
     /// More of an answer.
     Part { answer: usize, text: String, tokens: Vec<TokenLogprob> },
-    /// An answer is whole.
-    End { answer: usize, end: End, tokens: usize },
+    /// An answer is whole. `cut` says how many of its tokens began before the stop text that ended it.
+    End { answer: usize, end: End, tokens: usize, cut: Option<usize> },
     /// A prompt was scored.
     Scored(Scored),
     /// Nothing more comes: the computation failed.
@@ -119,7 +119,10 @@ struct Going<'m> {
     key: u64,
     number: usize,
     answer: Answer<'m>,
+    continues: bool,
     logprobs: Option<usize>,
+    /// Bytes of text before each token.
+    begins: Vec<usize>,
     to: UnboundedSender<Event>,
 }
 
@@ -151,11 +154,8 @@ impl<'m> Engine<'m> {
                     Err(_) => return,
                 }
             }
-            loop {
-                match jobs.try_recv() {
-                    Ok(job) => self.take(job),
-                    Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
-                }
+            while let Ok(job) = jobs.try_recv() {
+                self.take(job);
             }
             if stop.load(Ordering::Relaxed) {
                 self.end_all(|| Event::Stopped);
@@ -232,10 +232,10 @@ impl Side<'_> {
             match generator.add(request) {
                 Some(key) => {
                     let answer = Answer::after(codec, Cow::Owned(stops), &context);
-                    going.push(Going { key, number, answer, logprobs, to });
+                    going.push(Going { key, number, answer, continues, logprobs, begins: Vec::new(), to });
                 }
                 // the prompt takes all there is
-                None => _ = to.send(Event::End { answer: number, end: End::Length, tokens: 0 }),
+                None => _ = to.send(Event::End { answer: number, end: End::Length, tokens: 0, cut: None }),
             }
         }
         if generator.is_idle() {
@@ -256,17 +256,22 @@ impl Going<'_> {
     /// Takes a token, tells of it, and says whether the answer goes on.
     fn take(&mut self, next: &Next<'_>) -> bool {
         if let Some(token) = next.token {
+            self.begins.push(self.answer.text().len());
             self.answer.push(token);
         }
         let end = if self.answer.stopped() { Some(End::Stop) } else { next.end };
         let text = self.answer.news(end.is_some());
+        // OpenAI's completions tell of the token that ends a text too, and its chats do not
+        let told = self.logprobs.filter(|_| self.continues || next.token.is_some());
         let tokens: Vec<TokenLogprob> =
-            self.logprobs.map(|top| TokenLogprob::of(next.logits, next.chosen, top)).into_iter().collect();
+            told.map(|top| TokenLogprob::of(next.logits, next.chosen, top)).into_iter().collect();
         if !text.is_empty() || !tokens.is_empty() {
             _ = self.to.send(Event::Part { answer: self.number, text, tokens });
         }
         if let Some(end) = end {
-            _ = self.to.send(Event::End { answer: self.number, end, tokens: self.answer.ids().len() });
+            let characters = self.answer.text().len();
+            let cut = self.answer.stopped().then(|| self.begins.partition_point(|&begin| begin < characters));
+            _ = self.to.send(Event::End { answer: self.number, end, tokens: self.answer.ids().len(), cut });
         }
         end.is_none()
     }

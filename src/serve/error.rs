@@ -62,7 +62,7 @@ impl ApiError {
 
     /// The server ends.
     pub(super) fn stopping() -> Self {
-        let message = "the server is stopping; the answer is not whole";
+        let message = "the server is stopping: nothing new is begun, and an answer that is not whole ends here";
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", Some("server_stopping"), message)
     }
 

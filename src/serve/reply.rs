@@ -83,7 +83,7 @@ impl Head {
     pub(super) fn whole(&self, choices: &[Choice]) -> Response {
         let choices = choices.iter().enumerate().map(|(index, choice)| {
             let end = choice.end.map(finish_reason);
-            let logprobs = self.logprobs(&choice.tokens_of_text(&self.codec), &mut 0);
+            let logprobs = self.logprobs(&choice.text, &choice.tokens, &mut 0);
             match self.kind {
                 Kind::Completion => {
                     json!({"index": index, "text": choice.text, "logprobs": logprobs, "finish_reason": end})
@@ -109,7 +109,7 @@ impl Head {
 
     /// `offset` counts the characters before.
     fn part(&self, index: usize, text: &str, tokens: &[Entry], offset: &mut usize) -> Bytes {
-        let logprobs = self.logprobs(tokens, offset);
+        let logprobs = self.logprobs(text, tokens, offset);
         self.chunk(match self.kind {
             Kind::Completion => json!({"index": index, "text": text, "logprobs": logprobs, "finish_reason": null}),
             Kind::Chat => {
@@ -126,7 +126,7 @@ impl Head {
         })
     }
 
-    fn logprobs(&self, tokens: &[Entry], offset: &mut usize) -> Value {
+    fn logprobs(&self, text: &str, tokens: &[Entry], offset: &mut usize) -> Value {
         if !self.logprobs {
             return Value::Null;
         }
@@ -151,7 +151,10 @@ impl Head {
                     logps.push(logp.map_or(Value::Null, finite));
                     tops.push(logp.map_or(Value::Null, |logp| self.top(*id, logp, top)));
                     offsets.push((*offset).into());
-                    *offset += length(&self.codec, *id);
+                    let length = length(&self.codec, *id);
+                    // a text of SentencePiece begins with a space that is left out
+                    let begins = *offset == 0 && length > 0 && !text.is_empty() && !text.starts_with(' ');
+                    *offset += length - usize::from(begins && self.codec.piece(*id).starts_with(b" "));
                 }
                 json!({"tokens": texts, "token_logprobs": logps, "top_logprobs": tops, "text_offset": offsets})
             }
@@ -226,22 +229,12 @@ impl From<TokenLogprob> for Entry {
 pub(super) struct Choice {
     pub(super) text: String,
     pub(super) tokens: Vec<Entry>,
+    /// How many of them are the prompt's.
+    pub(super) echoed: usize,
     pub(super) end: Option<End>,
 }
 
 impl Choice {
-    /// The tokens without those of a stop text.
-    fn tokens_of_text(&self, codec: &Codec) -> Vec<Entry> {
-        let characters = self.text.chars().count();
-        let mut before = 0;
-        let is_shown = |entry: &&Entry| {
-            let begins = before;
-            before += length(codec, entry.id);
-            begins < characters || codec.is_special(entry.id)
-        };
-        self.tokens.iter().filter(is_shown).cloned().collect()
-    }
-
     /// Takes in what the engine tells of it.
     pub(super) fn take(&mut self, event: Event, used: &Used) -> Result<(), ApiError> {
         match event {
@@ -249,8 +242,9 @@ impl Choice {
                 self.text.push_str(&text);
                 self.tokens.extend(tokens.into_iter().map(Entry::from));
             }
-            Event::End { end, tokens, .. } => {
+            Event::End { end, tokens, cut, .. } => {
                 self.end = Some(end);
+                self.tokens.truncate(cut.map_or(usize::MAX, |kept| self.echoed + kept));
                 used.answers.fetch_add(tokens, Ordering::Relaxed);
             }
             Event::Scored(_) => {}
@@ -331,7 +325,7 @@ impl Stream {
                 let tokens: Vec<Entry> = tokens.into_iter().map(Entry::from).collect();
                 self.ready.push_back(self.head.part(answer, &text, &tokens, &mut self.offsets[answer]));
             }
-            Some(Event::End { answer, end, tokens }) => {
+            Some(Event::End { answer, end, tokens, .. }) => {
                 self.head.used.answers.fetch_add(tokens, Ordering::Relaxed);
                 self.ready.push_back(self.head.end(answer, end));
                 self.left -= 1;

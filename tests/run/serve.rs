@@ -233,6 +233,12 @@ fn stops_and_several(server: &Server) {
     stopped["stop"] = json!(["never seen", stop]);
     let answer = server.answer(COMPLETIONS, &stopped);
     assert_eq!((text(&answer), &answer["choices"][0]["finish_reason"]), (before, &json!("stop")));
+    let mut told = stopped.clone();
+    told["logprobs"] = 0.into();
+    let told = server.answer(COMPLETIONS, &told);
+    let tokens = told["choices"][0]["logprobs"]["tokens"].as_array().expect("a list").clone();
+    let tokens: String = tokens.iter().filter_map(Value::as_str).collect();
+    assert!(tokens.starts_with(before) && !tokens.ends_with(stop), "{tokens:?} {before:?}");
     stopped["stream"] = true.into();
     let streamed = events(&server.post(COMPLETIONS, &stopped));
     let streamed: String =
@@ -406,30 +412,24 @@ fn nobody_holds_up_the_others() {
 #[test]
 fn a_stop_lets_answers_end_or_says_that_they_did_not() {
     let place = trained();
-    let begin = |server: &Server, body: &Value| {
-        let stream = server.send("POST", COMPLETIONS, JSON, &body.to_string());
-        // it is being answered when another sees it
-        thread::sleep(Duration::from_millis(300));
-        stream
-    };
-    let mut body = long();
-    let mut server = Server::start(&place, &["my", "--grace", "15"]);
-    body["n"] = 24.into();
-    let answered = begin(&server, &body);
-    server.signal();
-    let reply = read(answered);
-    assert_eq!(reply.status, 200, "{}", reply.body);
-    assert_eq!(server.wait().code(), Some(0));
-    assert!(server.logged().contains("stopping: 1 requests"), "{}", server.logged());
-
-    body = long();
-    body["stream"] = true.into();
-    let mut server = Server::start(&place, &["my", "--grace", "0"]);
-    let answered = begin(&server, &body);
-    server.signal();
-    let reply = read(answered);
-    assert!(reply.body.contains("server_stopping") && !reply.body.contains("[DONE]"));
-    assert_eq!(server.wait().code(), Some(0));
+    for (grace, answers) in [("15", 16), ("0", 256)] {
+        let mut server = Server::start(&place, &["my", "--grace", grace]);
+        let mut body = long();
+        body["stream"] = true.into();
+        body["n"] = answers.into();
+        body["max_tokens"] = 150.into();
+        let mut stream = server.send("POST", COMPLETIONS, JSON, &body.to_string());
+        // it has begun
+        let mut begin = [0; 512];
+        stream.read_exact(&mut begin).expect("read");
+        server.signal();
+        let mut rest = String::new();
+        stream.read_to_string(&mut rest).expect("read");
+        assert_eq!(rest.contains("[DONE]"), grace == "15", "{grace}");
+        assert_eq!(rest.contains("server_stopping"), grace == "0", "{grace}");
+        assert_eq!(server.wait().code(), Some(0));
+        assert!(server.logged().contains("stopping: 1 requests"), "{}", server.logged());
+    }
 }
 
 #[test]

@@ -190,8 +190,8 @@ impl<T: Real> Seen<T> {
             mean_logit: self.total / vocabulary as f64,
             top1: self.target >= self.largest,
             best: self.best,
-            // in the same steps as the target's
-            best_logp: (self.largest - self.largest - self.sum.ln()).to_f64(),
+            // the same steps as the target's, which is the largest less itself then
+            best_logp: (T::of(0.0) - self.sum.ln()).to_f64(),
         }
     }
 }
