@@ -1,6 +1,7 @@
 //! The command line.
 
 mod eval;
+mod serve;
 
 use std::path::PathBuf;
 
@@ -11,6 +12,7 @@ use crate::export::check::Consumer;
 use crate::quant::Quant;
 
 pub use eval::{Bound, Eval};
+pub use serve::Serve;
 
 /// Preference-tune a language model with LoRA adapters, from one recipe.
 #[derive(Debug, Parser)]
@@ -47,6 +49,9 @@ pub enum Command {
     Generate(Generate),
     /// Talk to the policy and to the base.
     Chat(Chat),
+    /// Answer other programs, in the manner of OpenAI's API.
+    #[command(after_help = serve::HELP)]
+    Serve(Serve),
 }
 
 const RUN_HELP: &str = "\

@@ -21,6 +21,7 @@
 //! | [`statistics`] | honest comparisons: scores, intervals, tests, control for length and style |
 //! | [`train`] | updates, optimizer, schedule, evaluation, checkpoints |
 //! | [`run_folder`] | what a run leaves behind |
+//! | [`serve`] | an OpenAI-style server of base and policy |
 //!
 //! `examples/dpo_step_by_step.rs` derives the losses for a newcomer.
 
@@ -47,6 +48,7 @@ pub mod range;
 pub mod recipe;
 pub mod run_folder;
 pub mod statistics;
+pub mod serve;
 mod suggest;
 pub mod tensor_file;
 pub mod train;

@@ -21,6 +21,7 @@ fn main() -> ExitCode {
         Command::Eval(eval) => commands::eval::eval(eval),
         Command::Generate(generate) => commands::generate::generate(generate),
         Command::Chat(chat) => commands::chat::chat(chat),
+        Command::Serve(serve) => commands::serve::serve(serve),
     });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -128,19 +128,12 @@ impl Answering<'_> {
 
     fn request(&self, prompt: &Prompt, sample: u64) -> Request {
         let cli::Decoding { temperature, top_p, top_k, min_p, repetition_penalty, seed, .. } = *self.decoding;
-        // of the prompt and nothing else, so that neither order nor neighbours change an answer
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(&seed.to_le_bytes());
-        hasher.update(&sample.to_le_bytes());
-        prompt.ids.iter().for_each(|id| _ = hasher.update(&id.to_le_bytes()));
-        let mut seed = [0; 8];
-        seed.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
         Request {
             prompt: prompt.ids.clone(),
             stop_tokens: self.codec.stop_tokens().to_vec(),
             max_new_tokens: self.decoding.max_new_tokens(),
             sampling: Sampling { temperature, top_p, top_k: top_k as usize, min_p, repetition_penalty },
-            seed: u64::from_le_bytes(seed),
+            seed: Request::seed(seed, sample, &prompt.ids),
         }
     }
 }

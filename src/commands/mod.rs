@@ -11,6 +11,7 @@ pub mod merge;
 pub mod plan;
 mod prepare;
 pub mod run;
+pub mod serve;
 mod trained;
 
 use std::process::ExitCode;

@@ -12,6 +12,7 @@ mod encode;
 mod format;
 mod gguf_tokenizer;
 mod gguf_vocabulary;
+mod pieces;
 mod prompts;
 mod source;
 mod template;

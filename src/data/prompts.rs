@@ -1,5 +1,6 @@
 //! Prompts to answer: preference rows without their answers, conversations, instructions, plain texts.
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 
 use serde_json::Value;
@@ -167,9 +168,17 @@ impl Codec {
 #[derive(Debug)]
 pub struct Answer<'c> {
     codec: &'c Codec,
-    stops: &'c [String],
+    stops: Cow<'c, [String]>,
+    /// What it continues, and its own.
     ids: Vec<u32>,
+    /// How many of them it continues.
+    context: usize,
+    /// Ids from here on are decoded together; the text of those before `read` is certain.
+    window: usize,
+    read: usize,
     text: String,
+    /// Bytes of the text that no later token changes.
+    certain: usize,
     /// Bytes of the text that were given out.
     shown: usize,
     stopped: bool,
@@ -178,18 +187,50 @@ pub struct Answer<'c> {
 impl<'c> Answer<'c> {
     /// Nothing yet. It ends before the first of `stops` that appears in it.
     #[must_use]
-    pub fn new(codec: &'c Codec, stops: &'c [String]) -> Self {
-        Self { codec, stops, ids: Vec::new(), text: String::new(), shown: 0, stopped: false }
+    pub fn new(codec: &'c Codec, stops: impl Into<Cow<'c, [String]>>) -> Self {
+        Self::after(codec, stops, &[])
+    }
+
+    /// Nothing yet, of a text that goes on where `context` ends: a tokenizer that leaves out the space before the first
+    /// word of a text keeps it here.
+    #[must_use]
+    pub fn after(codec: &'c Codec, stops: impl Into<Cow<'c, [String]>>, context: &[u32]) -> Self {
+        /// No tokenizer looks further back.
+        const ENOUGH: usize = 6;
+        let context = &context[context.len().saturating_sub(ENOUGH)..];
+        Self {
+            codec,
+            stops: stops.into(),
+            ids: context.to_vec(),
+            context: context.len(),
+            window: 0,
+            read: context.len(),
+            text: String::new(),
+            certain: 0,
+            shown: 0,
+            stopped: false,
+        }
     }
 
     /// Takes a token.
     pub fn push(&mut self, token: u32) {
         self.ids.push(token);
-        self.text = self.codec.decode(&self.ids);
-        let found =
-            self.stops.iter().filter(|stop| !stop.is_empty()).filter_map(|stop| self.text.find(stop.as_str()));
+        // what a token adds depends on those just before it, and on no others: so an answer's text takes time by its
+        // length, and not by the square of it
+        let before = self.codec.decode(&self.ids[self.window..self.read]);
+        let now = self.codec.decode(&self.ids[self.window..]);
+        let longest = self.stops.iter().map(String::len).max().unwrap_or(0);
+        let searched = self.certain.saturating_sub(longest);
+        let searched = (0..=searched).rev().find(|&at| self.text.is_char_boundary(at)).unwrap_or(0);
+        self.text.truncate(self.certain);
+        self.text.push_str(now.get(before.len()..).unwrap_or_default());
+        if now.len() > before.len() && !now.ends_with(char::REPLACEMENT_CHARACTER) {
+            (self.window, self.read, self.certain) = (self.read, self.ids.len(), self.text.len());
+        }
+        let rest = &self.text[searched..];
+        let found = self.stops.iter().filter(|stop| !stop.is_empty()).filter_map(|stop| rest.find(stop.as_str()));
         if let Some(at) = found.min() {
-            self.text.truncate(at);
+            self.text.truncate(searched + at);
             self.stopped = true;
         }
     }
@@ -231,7 +272,7 @@ impl<'c> Answer<'c> {
     /// Its tokens, those of a stop text too.
     #[must_use]
     pub fn ids(&self) -> &[u32] {
-        &self.ids
+        &self.ids[self.context..]
     }
 }
 

@@ -964,3 +964,86 @@ fn tokenizers_written_as_gguf_are_the_originals() {
         assert_same_ids(&folder, &gguf, &texts);
     }
 }
+
+/// Tokenizers that keep spaces in the ways there are.
+fn tokenizers() -> Vec<Codec> {
+    let quickstart = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes/quickstart/model");
+    let mut codecs = vec![codec(), Codec::open(&quickstart, None).expect("a tokenizer")];
+    if let Some(real) = real("tokenizers") {
+        let folders = ["stories260K", "tokenizers/qwen3", "tokenizers/tinyllama-1.1b"];
+        codecs.extend(folders.map(|folder| Codec::open(&real.join(folder), None).expect("a tokenizer")));
+    }
+    codecs
+}
+
+const SAYINGS: [&str; 4] = [
+    "Hail falls out of a thunderstorm, in lumps; how could it not hurt?",
+    "  two blanks first\n\nthen lines, a\ttab, ümläute, 日本語 and 👩‍👩‍👧‍👦",
+    "x = [1, 2,  3]\n    if x:\n        return 'a'",
+    " ' s 't ne pas , . !",
+];
+
+#[test]
+fn an_answer_that_comes_in_tokens_is_the_text_of_all_of_them() {
+    for codec in tokenizers() {
+        for text in SAYINGS {
+            let ids = codec.tokenize(text, false).expect("ids");
+            let mut answer = Answer::new(&codec, &[][..]);
+            let mut shown = String::new();
+            for (i, &id) in ids.iter().enumerate() {
+                answer.push(id);
+                shown += &answer.news(i + 1 == ids.len());
+                assert_eq!(answer.text(), codec.decode(&ids[..=i]));
+            }
+            assert_eq!(shown, codec.decode(&ids));
+            // what goes on after a part of it is the rest
+            for at in 1..ids.len() {
+                let before = codec.decode(&ids[..at]);
+                let mut rest = Answer::after(&codec, &[][..], &ids[..at]);
+                ids[at..].iter().for_each(|&id| rest.push(id));
+                if !before.ends_with(char::REPLACEMENT_CHARACTER) {
+                    assert_eq!(format!("{before}{}", rest.text()), shown, "after {at}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_text_is_made_of_the_pieces_of_its_tokens() {
+    for codec in tokenizers() {
+        for text in SAYINGS {
+            let ids = codec.tokenize(text, false).expect("ids");
+            let pieces: Vec<u8> = ids.iter().flat_map(|&id| codec.piece(id)).collect();
+            let pieces = String::from_utf8(pieces).expect("whole characters");
+            let whole = codec.decode(&ids);
+            // SentencePiece begins a text with a space that is not its own
+            assert!(pieces == whole || pieces == format!(" {whole}"), "{pieces:?} {whole:?}");
+        }
+        let [(_, bos), (_, eos), ..] = codec.named_tokens();
+        for token in bos.into_iter().chain(eos) {
+            let ids = codec.tokenize(&token, false).expect("ids");
+            assert!(codec.is_special(ids[ids.len() - 1]) && codec.piece(ids[ids.len() - 1]) == token.as_bytes());
+        }
+    }
+}
+
+#[test]
+fn a_stop_text_is_found_over_the_borders_of_tokens() {
+    let codec = codec();
+    let ids = codec.tokenize("one two three two", false).expect("ids");
+    for stop in ["two", "e t", "wo th", "one"] {
+        let stops = [stop.to_owned()];
+        let mut answer = Answer::new(&codec, &stops[..]);
+        let mut shown = String::new();
+        for &id in &ids {
+            answer.push(id);
+            shown += &answer.news(false);
+            if answer.stopped() {
+                break;
+            }
+        }
+        assert_eq!(Some(shown.as_str()), "one two three two".split(stop).next());
+        assert!(answer.stopped());
+    }
+}

@@ -58,6 +58,21 @@ pub struct Request {
     pub seed: u64,
 }
 
+impl Request {
+    /// Where the random numbers of an answer begin: of the prompt, the seed and which of its answers it is, and of nothing
+    /// else, so that neither order nor neighbours change an answer.
+    #[must_use]
+    pub fn seed(seed: u64, sample: u64, prompt: &[u32]) -> u64 {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&seed.to_le_bytes());
+        hasher.update(&sample.to_le_bytes());
+        prompt.iter().for_each(|id| _ = hasher.update(&id.to_le_bytes()));
+        let mut first = [0; 8];
+        first.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
+        u64::from_le_bytes(first)
+    }
+}
+
 /// Why an answer ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -90,6 +105,8 @@ pub struct Next<'g> {
     pub key: u64,
     /// The token; none where the answer ended before it.
     pub token: Option<u32>,
+    /// The token that was chosen, one that ends the answer too.
+    pub chosen: u32,
     /// The logits that it was chosen by, as the model gave them. `[V]`
     pub logits: &'g [f32],
     /// Whether the answer is at its end, and why.
@@ -215,8 +232,13 @@ impl<'m> Generator<'m> {
                     (false, true) => Some(End::Length),
                     (false, false) => None,
                 };
-                let goes_on =
-                    each(Next { key: sequence.key, token: (!stopped).then_some(token), logits: &logits, end });
+                let goes_on = each(Next {
+                    key: sequence.key,
+                    token: (!stopped).then_some(token),
+                    chosen: token,
+                    logits: &logits,
+                    end,
+                });
                 if end.is_some() || !goes_on {
                     ended.push(sequence.key);
                 }

@@ -51,6 +51,10 @@ pub struct TokenScore {
     pub mean_logit: f64,
     /// Whether the target is the most probable token.
     pub top1: bool,
+    /// The most probable token, the first of equals.
+    pub best: u32,
+    /// Its log-probability; exactly `logp` where the target is it.
+    pub best_logp: f64,
 }
 
 /// What to compute besides the scores.
@@ -107,12 +111,16 @@ pub fn score(
         let entropies = column(&(&log_sum_exp - (&softmax * &logits)?.sum_keepdim(D::Minus1)?)?)?;
         let means = column(&logits.mean_keepdim(D::Minus1)?)?;
         let top = column(&(&at_target - &largest)?)?;
+        let best: Vec<u32> = logits.argmax(D::Minus1)?.to_vec1()?;
+        let best_logps = column(&(&largest - &log_sum_exp)?)?;
         for row in 0..targets.len() {
             scores.push(TokenScore {
                 logp: logps[row],
                 entropy: entropies[row],
                 mean_logit: means[row],
                 top1: top[row] >= 0.0,
+                best: best[row],
+                best_logp: best_logps[row],
             });
         }
         if want == Want::Gradient {
@@ -201,7 +209,9 @@ mod tests {
                 assert!((a.logp - b.logp).abs() < 1e-12);
                 assert!((a.entropy - b.entropy).abs() < 1e-12);
                 assert!((a.mean_logit - b.mean_logit).abs() < 1e-12);
-                assert_eq!(a.top1, b.top1);
+                assert_eq!((a.top1, a.best), (b.top1, b.best));
+                assert!((a.best_logp - b.best_logp).abs() < 1e-12);
+                assert!(!a.top1 || a.logp == a.best_logp);
             }
         }
         Ok(())

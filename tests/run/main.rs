@@ -10,6 +10,7 @@ mod recipes;
 mod reference;
 mod results;
 mod resume;
+mod serve;
 mod trl;
 
 use std::fs;

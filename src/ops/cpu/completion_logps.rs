@@ -52,6 +52,8 @@ struct Seen<T> {
     total: f64,
     /// The target's logit.
     target: T,
+    /// The token of the largest logit.
+    best: u32,
 }
 
 type Scored<T> = (Vec<TokenScore>, Option<Vec<T>>);
@@ -59,8 +61,14 @@ type Scored<T> = (Vec<TokenScore>, Option<Vec<T>>);
 fn score_all<T: Real>(hidden: &[T], head: Head<'_>, targets: &[u32], want: Want) -> Result<Scored<T>> {
     let (vocabulary, d) = head.weight.dims()?;
     let cap = head.softcap.map(T::of);
-    let unseen =
-        Seen { largest: T::neg_infinity(), sum: T::of(0.0), along: T::of(0.0), total: 0.0, target: T::of(0.0) };
+    let unseen = Seen {
+        largest: T::neg_infinity(),
+        sum: T::of(0.0),
+        along: T::of(0.0),
+        total: 0.0,
+        target: T::of(0.0),
+        best: 0,
+    };
     let mut seen = vec![unseen; targets.len()];
     let [mut u] = filled(if want == Want::Gradient { hidden.len() } else { 0 }, d, |_, _| {});
     let mut logits = vec![T::of(0.0); BLOCK.min(targets.len()) * PANEL.min(vocabulary)];
@@ -112,7 +120,7 @@ impl<T: Real> Panel<'_, T> {
             let target = (targets[i] as usize).checked_sub(tokens.start).filter(|&at| at < width);
             let shrunk = vectorised(
                 #[inline(always)]
-                || seen.add(logits, target, *cap),
+                || seen.add(logits, target, *cap, tokens.start),
             );
             (i, shrunk)
         };
@@ -134,7 +142,7 @@ impl<T: Real> Seen<T> {
     /// Takes in some logits and leaves `e^(z − largest)` in their place, times the slope where they are capped; returns
     /// what sums taken before have to be multiplied by, now that the largest may be another.
     #[inline(always)]
-    fn add(&mut self, logits: &mut [T], target: Option<usize>, cap: Option<T>) -> T {
+    fn add(&mut self, logits: &mut [T], target: Option<usize>, cap: Option<T>, first: usize) -> T {
         if let Some(cap) = cap {
             logits.iter_mut().for_each(|logit| *logit = cap * (*logit / cap).tanh_in_loop());
         }
@@ -143,6 +151,9 @@ impl<T: Real> Seen<T> {
         }
         let before = self.largest;
         let largest = Float::max(max_of(logits), before);
+        if largest > before {
+            self.best = (first + logits.iter().position(|&logit| logit == largest).unwrap_or(0)) as u32;
+        }
         let shrunk = if before == T::neg_infinity() { T::of(0.0) } else { (before - largest).exp() };
         if shrunk != T::of(1.0) {
             let moved = if before == T::neg_infinity() { T::of(0.0) } else { before - largest };
@@ -178,6 +189,9 @@ impl<T: Real> Seen<T> {
             entropy: (self.sum.ln() - self.along / self.sum).to_f64(),
             mean_logit: self.total / vocabulary as f64,
             top1: self.target >= self.largest,
+            best: self.best,
+            // the same steps as the target's, which is the largest less itself then
+            best_logp: (T::of(0.0) - self.sum.ln()).to_f64(),
         }
     }
 }
