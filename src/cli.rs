@@ -1,5 +1,7 @@
 //! The command line.
 
+mod win_rate;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -7,6 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::bytes::Bytes;
 use crate::export::check::Consumer;
 use crate::quant::Quant;
+pub use win_rate::{Gate, JudgeArguments, Stage, WinRate};
 
 /// Preference-tune a language model with LoRA adapters, from one recipe.
 #[derive(Debug, Parser)]
@@ -40,6 +43,9 @@ pub enum Command {
     Generate(Generate),
     /// Talk to the policy and to the base.
     Chat(Chat),
+    /// Is the policy better than the base, and how sure is that? A judge compares their answers.
+    #[command(after_help = win_rate::HELP)]
+    WinRate(WinRate),
 }
 
 const RUN_HELP: &str = "\

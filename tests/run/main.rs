@@ -9,6 +9,7 @@ mod reference;
 mod results;
 mod resume;
 mod trl;
+mod win_rate;
 
 use std::fs;
 use std::path::{Path, PathBuf};
