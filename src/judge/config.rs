@@ -352,9 +352,9 @@ impl Judge {
         }
     }
 
-    /// Whether it may say something else when answers trade places.
+    /// Whether it is a model.
     #[must_use]
-    pub fn has_orders(&self) -> bool {
+    pub fn is_model(&self) -> bool {
         matches!(self, Self::Endpoint(_))
     }
 

@@ -65,8 +65,8 @@ pub struct Settings {
     pub bootstrap: Bootstrap,
     /// Prompts with a verdict in one order only count.
     pub allow_single_order: bool,
-    /// Whether the judge could say something else when answers trade places.
-    pub has_orders: bool,
+    /// Whether a model judges. It could say something else when answers trade places, or prefer length; a formula cannot.
+    pub by_model: bool,
     /// Share of prompts without a verdict, above which the comparison has failed.
     pub max_unresolved: f64,
 }
@@ -193,9 +193,9 @@ pub struct Report {
     pub sign_test: f64,
     /// Win rate where a win takes both orders; none of a judge without orders.
     pub conservative: Option<f64>,
-    /// Win rate at equal length.
+    /// Win rate at equal length; none of a judge that is a formula, or where all lengths differ alike.
     pub length_controlled: Option<LengthControlled>,
-    /// Win rate at equal style.
+    /// Win rate at equal style; none likewise.
     pub style_controlled: Option<StyleControlled>,
     /// Does the judge agree with itself.
     pub orders: Option<Orders>,
@@ -257,7 +257,7 @@ impl Report {
             .filter(|(judged, score)| score.is_none() && matches!(judged, Judged::Missing(..)))
             .count();
         let votes: Vec<Votes> = judged.iter().filter_map(Judged::votes).collect();
-        let orders = settings.has_orders.then(|| Orders::of(votes.iter().filter_map(Votes::outcomes))).flatten();
+        let orders = settings.by_model.then(|| Orders::of(votes.iter().filter_map(Votes::outcomes))).flatten();
         let conservative: Vec<f64> = judged
             .iter()
             .filter_map(|judged| match judged {
@@ -278,16 +278,15 @@ impl Report {
         };
         let (policy_styles, against_styles) = (styles(&policy), styles(&against));
         let bootstrap = settings.bootstrap;
-        let length_controlled =
-            statistics::length_controlled(&values, &policy_chars, &against_chars, &clusters, LENGTH_RIDGE, bootstrap);
-        let style_controlled = statistics::style_controlled(
-            &values,
-            &policy_styles,
-            &against_styles,
-            &clusters,
-            LENGTH_RIDGE,
-            bootstrap,
-        );
+        let controlled = settings.by_model.then(|| {
+            let ridge = LENGTH_RIDGE;
+            let length =
+                statistics::length_controlled(&values, &policy_chars, &against_chars, &clusters, ridge, bootstrap);
+            let style =
+                statistics::style_controlled(&values, &policy_styles, &against_styles, &clusters, ridge, bootstrap);
+            (length, style)
+        });
+        let (length_controlled, style_controlled) = controlled.unwrap_or_default();
         let lists = |styles: &[Style]| styles.iter().map(|style| style.lists > 0).collect::<Vec<_>>();
         let lengths = Lengths {
             prefers_longer: statistics::prefers_longer(&values, &policy_chars, &against_chars),
@@ -311,7 +310,7 @@ impl Report {
             win_rate,
             bounds: (unresolved > 0).then(|| statistics::bounds(&values, unresolved)),
             sign_test: statistics::sign_test(wins, losses),
-            conservative: settings.has_orders.then(|| statistics::mean(&conservative)),
+            conservative: settings.by_model.then(|| statistics::mean(&conservative)),
             length_controlled,
             style_controlled,
             orders,
@@ -351,6 +350,9 @@ impl Report {
     fn headline_of(&self, judge: &str) -> String {
         let percent = |x: f64| format!("{:.1}", 100.0 * x);
         let range = |[low, high]: [f64; 2]| format!("[{}, {}]", percent(low), percent(high));
+        if self.scored == 0 {
+            return format!("no win rate vs {}: none of {} prompts has a verdict", self.against, self.prompts);
+        }
         let mut parts = vec![format!(
             "win rate {} % {} vs {}",
             percent(self.win_rate.estimate),

@@ -624,6 +624,7 @@ fn a_run_is_compared_with_its_base_from_end_to_end() {
     assert_code(&output, 2);
     assert!(stderr(&output).contains("it wants a key"), "{}", stderr(&output));
     assert!(!place.path("cache/answers").exists(), "nothing was generated");
+    assert!(!place.path("run/win-rate/base-by-org-j").exists());
     assert!(begun.elapsed() < Duration::from_secs(10));
     assert_eq!(refusing.calls().len(), 1);
 

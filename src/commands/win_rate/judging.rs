@@ -22,6 +22,9 @@ use crate::statistics::{Order, Votes};
 
 #[derive(Debug, Error, Diagnostic)]
 enum JudgingError {
+    #[error("nobody answers at {0}: {1}")]
+    #[diagnostic(help("is it running, and is the address right?"))]
+    NotThere(String, String),
     #[error("the judge prompt `{prompt}` shows a reference answer, and {missing} of {prompts} prompts have none")]
     #[diagnostic(help("rows of prompts may have a `reference`; other judge prompts need none"))]
     NoReference { prompt: String, missing: usize, prompts: usize },
@@ -60,9 +63,16 @@ impl<'a> Judging<'a> {
         // before answers are made it is asked anew; later, what is open will tell
         let known = place.has_answers() || arguments.stage == Some(cli::Stage::Judge);
         let (asking, log) = judging.asking(interrupt);
-        let problem = asking.canary(log, known).map_err(|error| match error {
+        let asked = asking.canary(log, known);
+        if asked.is_err() && log.entries().is_empty() {
+            // nothing was begun
+            let _ = std::fs::remove_file(place.judgements());
+            let _ = std::fs::remove_dir(place.path());
+        }
+        let problem = asked.map_err(|error| match error {
             // another address, key or model has to be asked for
             AskError::Fatal { .. } => request(error),
+            AskError::Gone(problem) => failed(JudgingError::NotThere(judge.base_url.clone(), problem)),
             other => of_asking(other),
         })?;
         if let Some(problem) = problem {

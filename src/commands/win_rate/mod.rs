@@ -130,7 +130,7 @@ fn report(arguments: &cli::WinRate, place: &Place, console: &Console) -> Result<
     let settings = Settings {
         bootstrap: Bootstrap { seed: answers.seed, ..Bootstrap::default() },
         allow_single_order: arguments.allow_single_order,
-        has_orders: judge.has_orders(),
+        by_model: judge.is_model(),
         max_unresolved: arguments.max_invalid,
     };
     let names = Names { policy: answers.policy.clone(), against: answers.against.clone(), judge: judge.name() };
@@ -222,12 +222,32 @@ fn annotations(pairs: &[Pair<'_>], report: &Report, judge: &Judge) -> Value {
 }
 
 fn tell(report: &Report, place: &Place, console: &Console) {
+    console.line("");
+    if report.scored > 0 {
+        tell_numbers(report, console);
+    }
+    for warning in &report.warnings {
+        console.warning(warning);
+    }
+    let verdict = match report.win_rate.against(0.5) {
+        std::cmp::Ordering::Greater => format!("better than {}, by this judge", report.against),
+        std::cmp::Ordering::Less => format!("worse than {}, by this judge", report.against),
+        std::cmp::Ordering::Equal if report.detectable > 0.0 => format!(
+            "no difference to {} is shown; so many prompts would mostly show one of {:.0} points",
+            report.against,
+            100.0 * report.detectable
+        ),
+        std::cmp::Ordering::Equal => format!("no difference to {} is shown", report.against),
+    };
+    console.line(format_args!("\n{verdict}; everything is in {}", place.path().display()));
+}
+
+fn tell_numbers(report: &Report, console: &Console) {
     let percent = |x: f64| format!("{:.1} %", 100.0 * x);
     let range = |[low, high]: [f64; 2]| format!("{:.1} to {:.1} %", 100.0 * low, 100.0 * high);
     let row = |name: &str, value: String, note: String| {
-        console.line(format!("{name:<22}{value:>9}  {note}").trim_end());
+        console.line(format!("{name:<24}{value:>9}  {note}").trim_end());
     };
-    console.line("");
     let groups = match report.clusters == report.scored {
         true => format!("{} prompts", report.scored),
         false => format!("{} prompts in {} groups", report.scored, report.clusters),
@@ -261,21 +281,9 @@ fn tell(report: &Report, place: &Place, console: &Console) {
         let note = format!("± {:.1}, {} prompts", 196.0 * category.standard_error, category.prompts);
         row(&format!("  {}", category.category), percent(category.estimate), note);
     }
-    for warning in &report.warnings {
-        console.warning(warning);
-    }
-    let verdict = match report.win_rate.against(0.5) {
-        std::cmp::Ordering::Greater => format!("better than {}, by this judge", report.against),
-        std::cmp::Ordering::Less => format!("worse than {}, by this judge", report.against),
-        std::cmp::Ordering::Equal => format!(
-            "no difference to {} is shown; so many prompts would mostly show one of {:.0} points",
-            report.against,
-            100.0 * report.detectable
-        ),
-    };
-    console.line(format_args!("\n{verdict}; everything is in {}", place.path().display()));
 }
 
+/// Models prefer what they would say themselves (Panickssery et al. 2024, arXiv 2404.13076).
 fn self_preference(judge: &Judge, answers: &Answers) -> Option<String> {
     let Judge::Endpoint(judge) = judge else { return None };
     let family = |name: &str| -> String {
@@ -289,4 +297,31 @@ fn self_preference(judge: &Judge, answers: &Answers) -> Option<String> {
             judge.model, answers.base
         )
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_judge_of_the_familys_own_is_said() {
+        let warned = |model: &str, base: &str| {
+            let config = JudgeConfig { model: Some(model.into()), ..JudgeConfig::default() };
+            let (judge, _) = config.resolve().expect("a judge");
+            let nothing = Value::Null;
+            let answers = Answers {
+                schema: 1,
+                policy: String::new(),
+                against: String::new(),
+                base: base.into(),
+                prompts: nothing.clone(),
+                sampling: nothing.clone(),
+                hashes: nothing,
+                seed: 0,
+            };
+            self_preference(&Judge::Endpoint(Box::new(judge)), &answers).is_some()
+        };
+        assert!(warned("qwen3-32b", "Qwen/Qwen3-4B") && warned("meta-llama/Llama-3.3-70B-Instruct", "a/llama-1b"));
+        assert!(!warned("gpt-4.1-mini", "Qwen/Qwen3-4B") && !warned("7b", "8b"));
+    }
 }
