@@ -2,6 +2,7 @@
 
 mod eval;
 mod serve;
+mod win_rate;
 
 use std::path::PathBuf;
 
@@ -10,6 +11,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::bytes::Bytes;
 use crate::export::check::Consumer;
 use crate::quant::Quant;
+pub use win_rate::{Gate, JudgeArguments, Stage, WinRate};
 
 pub use eval::{Bound, Eval};
 pub use serve::Serve;
@@ -52,6 +54,9 @@ pub enum Command {
     /// Answer other programs, in the manner of OpenAI's API.
     #[command(after_help = serve::HELP)]
     Serve(Serve),
+    /// Is the policy better than the base, and how sure is that? A judge compares their answers.
+    #[command(after_help = win_rate::HELP)]
+    WinRate(WinRate),
 }
 
 const RUN_HELP: &str = "\

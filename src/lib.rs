@@ -17,6 +17,7 @@
 //! | [`adapter`] | LoRA and PEFT's files |
 //! | [`loss`] | one file a loss |
 //! | [`eval`] | what an adapter has changed, without a judge |
+//! | [`judge`] | which of two answers is better: judges, verdicts, win rates |
 //! | [`export`] | merged models, and adapters for other programs |
 //! | [`statistics`] | honest comparisons: scores, intervals, tests, control for length and style |
 //! | [`train`] | updates, optimizer, schedule, evaluation, checkpoints |
@@ -38,6 +39,7 @@ pub mod gguf;
 mod hostile;
 pub mod hub;
 pub mod interrupt;
+pub mod judge;
 pub mod loss;
 pub mod machine;
 pub mod model;

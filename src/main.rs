@@ -22,13 +22,14 @@ fn main() -> ExitCode {
         Command::Generate(generate) => commands::generate::generate(generate),
         Command::Chat(chat) => commands::chat::chat(chat),
         Command::Serve(serve) => commands::serve::serve(serve),
+        Command::WinRate(win_rate) => commands::win_rate::win_rate(win_rate),
     });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             match &failure {
                 Failure::Failed(report) | Failure::Request(report) => _ = writeln!(io::stderr(), "{report:?}"),
-                Failure::Gate | Failure::Interrupted(_) => {}
+                Failure::Gate | Failure::Unfinished | Failure::Interrupted(_) => {}
             }
             failure.exit_code()
         }

@@ -13,7 +13,10 @@ mod prepare;
 pub mod run;
 pub mod serve;
 mod trained;
+pub mod win_rate;
 
+use std::env;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use miette::{Diagnostic, Report};
@@ -27,6 +30,8 @@ pub enum Failure {
     Request(Report),
     /// What was asked to hold does not, and the result says so: 3.
     Gate,
+    /// A limit on calls or cost was reached, what there was is saved, and the same command goes on: 4.
+    Unfinished,
     /// Somebody asked to stop, and what there was is saved: 130 or 143.
     Interrupted(u8),
 }
@@ -39,6 +44,7 @@ impl Failure {
             Self::Failed(_) => ExitCode::from(1),
             Self::Request(_) => ExitCode::from(2),
             Self::Gate => ExitCode::from(3),
+            Self::Unfinished => ExitCode::from(4),
             Self::Interrupted(code) => ExitCode::from(*code),
         }
     }
@@ -59,4 +65,12 @@ fn request<E: Diagnostic + Send + Sync + 'static>(error: E) -> Failure {
 /// For errors of a run that was rightly asked for.
 fn failed<E: Diagnostic + Send + Sync + 'static>(error: E) -> Failure {
     Failure::Failed(Report::new(error))
+}
+
+/// `$DPO_LORA_CACHE/KIND`, else below `$XDG_CACHE_HOME`, else below `~/.cache`: what can be computed again.
+fn user_cache(kind: &str) -> Option<PathBuf> {
+    let set = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let root = set("DPO_LORA_CACHE").or_else(|| set("XDG_CACHE_HOME").map(|cache| cache.join("dpo-lora")));
+    let root = root.or_else(|| env::home_dir().map(|home| home.join(".cache/dpo-lora")))?;
+    env::current_dir().ok().map(|here| here.join(root).join(kind))
 }

@@ -18,6 +18,8 @@ pub struct Prompt {
     pub ids: Vec<u32>,
     /// What a reader is shown: the text, or the user's only message, or the turns of a conversation.
     pub text: String,
+    /// `(role, content)` of a conversation; none where a text is continued as it stands.
+    pub turns: Vec<(String, String)>,
     /// The row's `id`, if it has one.
     pub id: Option<String>,
     /// What its result is counted under.
@@ -131,7 +133,8 @@ impl Codec {
         if ids.is_empty() {
             return Err(Bad::new(super::DropReason::EmptyPrompt, "the prompt is empty"));
         }
-        Ok(Prompt { ids, text: text.to_owned(), id: None, category: None, group: None, reference: None })
+        let text = text.to_owned();
+        Ok(Prompt { ids, text, turns: Vec::new(), id: None, category: None, group: None, reference: None })
     }
 
     /// A conversation whose next turn is the model's.
@@ -142,7 +145,8 @@ impl Codec {
             turns => turns.iter().map(|turn| format!("{}: {}\n\n", turn.role, turn.content)).collect::<String>(),
         };
         let text = text.trim_end().to_owned();
-        Ok(Prompt { ids, text, id: None, category: None, group: None, reference: None })
+        let turns = messages.iter().map(|turn| (turn.role.clone(), turn.content.clone())).collect();
+        Ok(Prompt { ids, text, turns, id: None, category: None, group: None, reference: None })
     }
 
     /// The prompt that a single text is; see [`load_prompts`].

@@ -71,6 +71,11 @@ fn fingerprint<'f>(chunks: impl Iterator<Item = &'f [u8]>, bytes: usize, console
     hasher.finalize().to_string()
 }
 
+/// The same files, kept otherwise, are another base.
+fn named(hash: String, quant: Quant) -> String {
+    if quant == Quant::None { hash } else { format!("{hash}-{}", quant.name()) }
+}
+
 fn is_gguf(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
 }
@@ -183,8 +188,19 @@ impl Base {
                 (decoder, fingerprint(files.chunks(), files.num_bytes(), console))
             }
         };
-        let name = if quant == Quant::None { String::new() } else { format!("-{}", quant.name()) };
-        Ok((decoder, hash + &name))
+        Ok((decoder, named(hash, quant)))
+    }
+
+    /// The hash that [`Base::load`] gives, without loading.
+    ///
+    /// # Errors
+    /// Weights are missing or broken.
+    pub fn fingerprint(&self, quant: Quant, console: &Console) -> Result<String, ModelError> {
+        let hash = match self.files()? {
+            BaseFiles::Gguf(file) => fingerprint(file.chunks(), file.num_bytes(), console),
+            BaseFiles::Folder(files) => fingerprint(files.chunks(), files.num_bytes(), console),
+        };
+        Ok(named(hash, quant))
     }
 
     /// The commit of the repository, if it is of the hub.

@@ -12,6 +12,7 @@ mod results;
 mod resume;
 mod serve;
 mod trl;
+mod win_rate;
 
 use std::fs;
 use std::path::{Path, PathBuf};

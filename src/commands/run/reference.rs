@@ -1,12 +1,11 @@
 //! The reference's log-probs before the first update: from a cache and into it.
 
-use std::env;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::super::{Failure, failed};
+use super::super::{Failure, failed, user_cache};
 use super::prepare::Prepared;
 use crate::data::Dataset;
 use crate::interrupt::Interrupt;
@@ -60,7 +59,7 @@ pub(super) fn fill(
     let root = match run.resolved.recipe.reference.cache {
         CachePlace::Off => return Ok(Outcome::InTheUpdate),
         CachePlace::Run => in_run,
-        CachePlace::User => user_folder().unwrap_or(in_run),
+        CachePlace::User => user_cache("reference").unwrap_or(in_run),
     };
     let needed = trainer.needed_references();
     let unknown = |trainer: &Trainer<'_>| -> Vec<usize> {
@@ -122,14 +121,6 @@ pub(super) fn fill(
     console.fact("reference", format_args!("{from}{computed}{kept}"));
     let (computed, folder) = (missing.len(), cache.folder().to_owned());
     Ok(Outcome::Done(Report { cached: asked.len() - computed, computed, seconds, folder }))
-}
-
-/// `$DPO_LORA_CACHE/reference`, else below `$XDG_CACHE_HOME`, else below `~/.cache`.
-fn user_folder() -> Option<PathBuf> {
-    let set = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let root = set("DPO_LORA_CACHE").or_else(|| set("XDG_CACHE_HOME").map(|cache| cache.join("dpo-lora")));
-    let root = root.or_else(|| env::home_dir().map(|home| home.join(".cache/dpo-lora")))?;
-    env::current_dir().ok().map(|here| here.join(root).join("reference"))
 }
 
 /// What a cache knows of `asked`, if a few of its numbers are what the model gives now. A cache that is broken or wrong

@@ -1,0 +1,643 @@
+//! Asking a model which of two answers is better: what is asked, what was answered before, and the calls for the rest.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use miette::Diagnostic;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+use serde_json::{Value, json};
+use thiserror::Error;
+
+use super::config::{EndpointJudge, Price};
+use super::endpoint::{Chat, Endpoint, Reply, Trouble, one_line, pause};
+use super::log::{self, Log, LogError};
+use super::pace::Pace;
+use super::prompt::{Message, Shown};
+use super::report::Pair;
+use super::verdict::{Answer, Understood};
+use crate::interrupt::Interrupt;
+use crate::progress::Bar;
+use crate::statistics::Order;
+
+/// How often a call is made before its question is left for another time.
+pub const TRIES: u32 = 6;
+/// How often a question is asked: as it is, with a word on the form of the answer, and with another seed.
+const ASKED: u32 = 3;
+/// Judgements at the start of which too many must not be invalid, and how many are too many.
+const START: usize = 30;
+const TOO_MANY_INVALID: usize = 20;
+/// So many questions in a row without an answer: the endpoint is gone.
+const GONE: usize = 8;
+/// How often who waits looks whether to stop.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// One judgement to ask for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Question {
+    /// The number of the pair.
+    pub pair: usize,
+    /// Which answer is A.
+    pub order: Order,
+}
+
+/// A call that a question needs.
+#[derive(Debug, Clone)]
+pub struct Asked {
+    /// What its answer is kept under.
+    pub key: String,
+    messages: Vec<Message>,
+    temperature: f64,
+    seed: u64,
+    attempt: u32,
+}
+
+/// What is known about a question.
+#[derive(Debug, Clone)]
+pub enum Known {
+    /// Its answer was understood, with the keys of all answers that were looked at.
+    Understood(Understood, Vec<String>),
+    /// No answer could be understood: what is wrong with the last one.
+    Invalid(String, Vec<String>),
+    /// A call has to be made.
+    Open(Asked),
+}
+
+impl EndpointJudge {
+    /// What is known about a pair in an order, where `look` gives what was answered under a key.
+    ///
+    /// # Errors
+    /// What is wrong with the judge's template.
+    pub fn known(&self, shown: &Shown<'_>, mut look: impl FnMut(&str) -> Option<Value>) -> Result<Known, String> {
+        let messages = self.prompt.messages(self.form, shown)?;
+        let labels = [self.prompt.labels[0].as_str(), self.prompt.labels[1].as_str()];
+        let (mut keys, mut problem) = (Vec::new(), String::new());
+        for attempt in 0..ASKED {
+            let asked = self.asked(messages.clone(), attempt);
+            let Some(entry) = look(&asked.key) else { return Ok(Known::Open(asked)) };
+            keys.push(asked.key);
+            let response = entry.get("response").unwrap_or(&Value::Null);
+            match (Answer { response }).understand(self.form, labels, self.scale()) {
+                Ok(understood) => return Ok(Known::Understood(understood, keys)),
+                Err(error) => problem = error,
+            }
+        }
+        Ok(Known::Invalid(problem, keys))
+    }
+
+    fn asked(&self, mut messages: Vec<Message>, attempt: u32) -> Asked {
+        let (mut temperature, mut seed) = (self.temperature, self.seed);
+        if attempt > 0
+            && let Some(last) = messages.last_mut()
+        {
+            last.content.push_str(&self.prompt.reminder(self.form));
+        }
+        if attempt > 1 {
+            // at a temperature of 0 another seed would change nothing
+            temperature = temperature.max(1.0);
+            seed += u64::from(attempt);
+        }
+        let key = log::key(&json!({
+            "schema": 1,
+            "base_url": self.base_url,
+            "model": self.model,
+            "messages": messages,
+            "verdict": self.form,
+            "temperature": temperature,
+            "max_tokens": self.max_tokens,
+            "seed": seed,
+            "extra_body": self.extra_body,
+            "attempt": attempt,
+        }));
+        Asked { key, messages, temperature, seed, attempt }
+    }
+}
+
+/// What a judge is shown of a pair.
+#[must_use]
+pub fn shown<'o>(pair: &Pair<'o>, order: Order) -> Shown<'o> {
+    let (policy, against) = (pair.policy.output.as_str(), pair.against.output.as_str());
+    let (a, b) = match order {
+        Order::PolicyFirst => (policy, against),
+        Order::PolicySecond => (against, policy),
+    };
+    let Pair { policy, .. } = pair;
+    Shown { prompt: &policy.instruction, turns: &policy.turns, a, b, reference: policy.reference.as_deref() }
+}
+
+/// Tokens of a call.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Read.
+    pub prompt: u64,
+    /// Of those, cached by the endpoint.
+    pub cached: u64,
+    /// Written.
+    pub completion: u64,
+}
+
+impl Usage {
+    /// As an answer says it.
+    #[must_use]
+    pub fn of(response: &Value) -> Self {
+        let number = |path: &str| response.pointer(path).and_then(Value::as_u64).unwrap_or(0);
+        Self {
+            prompt: number("/usage/prompt_tokens"),
+            cached: number("/usage/prompt_tokens_details/cached_tokens"),
+            completion: number("/usage/completion_tokens"),
+        }
+    }
+
+    /// What it costs.
+    #[must_use]
+    pub fn dollars(&self, price: &Price) -> f64 {
+        price.of(self.prompt, self.cached, self.completion)
+    }
+}
+
+/// What may be spent.
+#[derive(Debug)]
+pub struct Budget {
+    max_calls: Option<u64>,
+    max_cost: Option<f64>,
+    price: Option<Price>,
+    state: Mutex<Spent>,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Spent {
+    /// Calls that were answered, and what they cost.
+    calls: u64,
+    dollars: f64,
+    /// Calls that are under way, and what they may cost at most.
+    going: u64,
+    reserved: f64,
+}
+
+/// Whether a call may be made.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Room {
+    /// With what it may cost at most.
+    Yes(f64),
+    /// It depends on what those under way will have cost.
+    Later,
+    /// There is none left.
+    No,
+}
+
+impl Budget {
+    /// Nothing is spent yet.
+    #[must_use]
+    pub fn new(max_calls: Option<u64>, max_cost: Option<f64>, price: Option<Price>) -> Self {
+        Self { max_calls, max_cost, price, state: Mutex::default() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, Spent> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes what a call may cost at most out of the budget.
+    fn reserve(&self, read: u64, written: u64) -> Room {
+        let cost = self.price.map_or(0.0, |price| price.of(read, 0, written));
+        let mut state = self.state();
+        let fits = |calls: u64, dollars: f64| {
+            self.max_calls.is_none_or(|most| calls < most) && self.max_cost.is_none_or(|most| dollars + cost <= most)
+        };
+        if !fits(state.calls, state.dollars) {
+            return Room::No;
+        }
+        if !fits(state.calls + state.going, state.dollars + state.reserved) {
+            return Room::Later;
+        }
+        state.going += 1;
+        state.reserved += cost;
+        Room::Yes(cost)
+    }
+
+    /// Gives back what was reserved, and takes what was spent; nothing where there was no answer.
+    fn settle(&self, reserved: f64, usage: Option<Usage>) {
+        let mut state = self.state();
+        state.going -= 1;
+        state.reserved -= reserved;
+        if let Some(usage) = usage {
+            state.calls += 1;
+            state.dollars += self.price.map_or(0.0, |price| usage.dollars(&price));
+        }
+    }
+
+    /// Calls that were answered.
+    #[must_use]
+    pub fn calls(&self) -> u64 {
+        self.state().calls
+    }
+
+    /// What they cost.
+    #[must_use]
+    pub fn dollars(&self) -> Option<f64> {
+        self.price.map(|_| self.state().dollars)
+    }
+}
+
+/// How asking ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Ended {
+    /// Every question was asked; so many have no answer, of which the first says why.
+    Done(usize, Option<String>),
+    /// The budget is spent.
+    Spent,
+    /// Somebody asked to stop.
+    Interrupted(u8),
+}
+
+/// Why asking ended early.
+#[derive(Debug, Error, Diagnostic)]
+pub enum AskError {
+    /// No call will have an answer.
+    #[error("{problem}")]
+    Fatal {
+        /// What is wrong.
+        problem: String,
+        /// What to do.
+        #[help]
+        help: String,
+    },
+    /// The endpoint does not answer any more.
+    #[error("the endpoint does not answer: {0}")]
+    #[diagnostic(help("what was answered is kept; the same command goes on"))]
+    Gone(String),
+    /// It does not do what it is asked.
+    #[error("{invalid} of the first {judged} verdicts cannot be understood: {last}")]
+    #[diagnostic(help(
+        "judgements.jsonl has what the judge said; try another --verdict, another --judge-prompt or another model"
+    ))]
+    Unreadable {
+        /// How many.
+        invalid: usize,
+        /// Of how many.
+        judged: usize,
+        /// What is wrong with the last one.
+        last: String,
+    },
+    /// The judge's template.
+    #[error("the judge's prompt: {0}")]
+    Template(String),
+    /// The file with the answers.
+    #[error(transparent)]
+    #[diagnostic(transparent)]
+    Log(#[from] LogError),
+}
+
+/// Makes calls until they have an answer.
+#[derive(Debug, Clone, Copy)]
+pub struct Caller<'a> {
+    /// To whom.
+    pub endpoint: &'a Endpoint,
+    /// How fast.
+    pub pace: &'a Pace,
+    /// For how much.
+    pub budget: &'a Budget,
+    /// Until when.
+    pub interrupt: &'a Interrupt,
+}
+
+/// Why there is no answer.
+#[derive(Debug, Clone, PartialEq)]
+pub enum NoAnswer {
+    /// To this call, this time.
+    Failed(String),
+    /// To any call: what is wrong, and what to do.
+    Fatal(String, String),
+    /// The budget is spent.
+    Spent,
+    /// Nobody wants it any more.
+    Stopped,
+}
+
+impl Caller<'_> {
+    /// Makes a call, again where it may have an answer later, up to `tries` times.
+    ///
+    /// # Errors
+    /// See [`NoAnswer`].
+    pub fn call(
+        &self,
+        chat: &Chat<'_>,
+        tries: u32,
+        jitter: &mut ChaCha8Rng,
+        stop: impl Fn() -> bool,
+    ) -> Result<Value, NoAnswer> {
+        let read = chat.messages.iter().map(|message| message.content.len() as u64).sum::<u64>();
+        let stop = || stop() || self.interrupt.asked().is_some();
+        let mut tried = 0;
+        loop {
+            // about four bytes a token; half as many for what may be spent, so that it holds for other languages too
+            let tokens = read / 4 + u64::from(chat.max_tokens.min(256));
+            let turn = self.pace.turn(tokens, stop).ok_or(NoAnswer::Stopped)?;
+            let reserved = match self.budget.reserve(read / 2, chat.max_tokens.into()) {
+                Room::Yes(reserved) => reserved,
+                Room::No => return Err(NoAnswer::Spent),
+                Room::Later => {
+                    drop(turn);
+                    thread::sleep(LOOK);
+                    continue;
+                }
+            };
+            let result = self.endpoint.call(chat);
+            drop(turn);
+            self.budget.settle(reserved, result.as_ref().ok().map(|reply| Usage::of(&reply.response)));
+            let (problem, wait) = match result {
+                Ok(Reply { response, hold }) => {
+                    self.pace.went_well(hold);
+                    return Ok(response);
+                }
+                Err(Trouble::Changed(_)) => continue,
+                Err(Trouble::Refused(problem)) => return Err(NoAnswer::Failed(problem)),
+                Err(Trouble::Fatal { problem, help }) => return Err(NoAnswer::Fatal(problem, help)),
+                Err(Trouble::Later { problem, wait, limited }) => {
+                    if limited {
+                        self.pace.too_many(wait);
+                    }
+                    (problem, wait)
+                }
+            };
+            tried += 1;
+            if tried >= tries {
+                return Err(NoAnswer::Failed(problem));
+            }
+            let until = Instant::now() + Duration::from_secs_f64(pause(wait, tried - 1, unit(jitter)));
+            while Instant::now() < until {
+                if stop() {
+                    return Err(NoAnswer::Stopped);
+                }
+                thread::sleep(LOOK.min(until.saturating_duration_since(Instant::now())));
+            }
+        }
+    }
+}
+
+/// Random numbers for pauses, which no result depends on.
+#[must_use]
+pub fn jitter(number: u64) -> ChaCha8Rng {
+    ChaCha8Rng::seed_from_u64((u64::from(std::process::id()) << 32) | number)
+}
+
+/// A judge that can be asked.
+#[derive(Debug, Clone, Copy)]
+pub struct Asking<'a> {
+    /// Who judges.
+    pub judge: &'a EndpointJudge,
+    /// How it is called.
+    pub caller: Caller<'a>,
+}
+
+/// What workers share.
+struct Shared<'l> {
+    questions: Mutex<VecDeque<Question>>,
+    log: Mutex<&'l mut Log>,
+    stop: AtomicBool,
+    end: Mutex<Option<Result<Ended, AskError>>>,
+    judged: AtomicUsize,
+    invalid: AtomicUsize,
+    /// Questions without an answer, all of them and since the last one with one.
+    failed: AtomicUsize,
+    in_a_row: AtomicUsize,
+    first_failure: Mutex<Option<String>>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared<'_> {
+    /// Ends the work; the first who says so is right.
+    fn end(&self, how: Result<Ended, AskError>) {
+        let mut end = locked(&self.end);
+        // an error says more than that a budget is spent
+        if end.is_none() || (how.is_err() && matches!(*end, Some(Ok(_)))) {
+            *end = Some(how);
+        }
+        self.stop.store(true, Ordering::Relaxed);
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+}
+
+impl Asking<'_> {
+    /// Asks the questions that are open, several at a time, and keeps every answer as it comes.
+    ///
+    /// # Errors
+    /// See [`AskError`]; what was answered is kept.
+    pub fn all(
+        &self,
+        pairs: &[Pair<'_>],
+        questions: Vec<Question>,
+        workers: usize,
+        log: &mut Log,
+        bar: &Bar<'_>,
+    ) -> Result<Ended, AskError> {
+        let workers = workers.min(questions.len());
+        let shared = Shared {
+            questions: Mutex::new(questions.into()),
+            log: Mutex::new(log),
+            stop: AtomicBool::new(false),
+            end: Mutex::new(None),
+            judged: AtomicUsize::new(0),
+            invalid: AtomicUsize::new(0),
+            failed: AtomicUsize::new(0),
+            in_a_row: AtomicUsize::new(0),
+            first_failure: Mutex::new(None),
+        };
+        thread::scope(|scope| {
+            for number in 0..workers {
+                let shared = &shared;
+                scope.spawn(move || self.work(pairs, shared, number as u64, bar));
+            }
+        });
+        let failed = shared.failed.into_inner();
+        let first = shared.first_failure.into_inner().unwrap_or_else(PoisonError::into_inner);
+        shared.end.into_inner().unwrap_or_else(PoisonError::into_inner).unwrap_or(Ok(Ended::Done(failed, first)))
+    }
+
+    fn work(&self, pairs: &[Pair<'_>], shared: &Shared<'_>, number: u64, bar: &Bar<'_>) {
+        let mut jitter = jitter(number);
+        while !shared.stopped() {
+            if let Some(code) = self.caller.interrupt.asked() {
+                return shared.end(Ok(Ended::Interrupted(code)));
+            }
+            let Some(question) = locked(&shared.questions).pop_front() else { return };
+            match self.answer(pairs, question, shared, &mut jitter) {
+                Ok(understood) => {
+                    bar.advance(1);
+                    shared.in_a_row.store(0, Ordering::Relaxed);
+                    let judged = shared.judged.fetch_add(1, Ordering::Relaxed) + 1;
+                    let Some(last) = understood else { continue };
+                    let invalid = shared.invalid.fetch_add(1, Ordering::Relaxed) + 1;
+                    if invalid >= TOO_MANY_INVALID && judged <= START {
+                        shared.end(Err(AskError::Unreadable { invalid, judged, last: one_line(&last, 300) }));
+                    }
+                }
+                Err(End::Stopped) => {}
+                Err(End::Failed(problem)) => {
+                    shared.failed.fetch_add(1, Ordering::Relaxed);
+                    locked(&shared.first_failure).get_or_insert_with(|| problem.clone());
+                    if shared.in_a_row.fetch_add(1, Ordering::Relaxed) + 1 >= GONE {
+                        shared.end(Err(AskError::Gone(problem)));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Makes a question known: none where it was understood, what is wrong where it was not.
+    fn answer(
+        &self,
+        pairs: &[Pair<'_>],
+        question: Question,
+        shared: &Shared<'_>,
+        jitter: &mut ChaCha8Rng,
+    ) -> Result<Option<String>, End> {
+        let shown = shown(&pairs[question.pair], question.order);
+        let ends = |how: Result<Ended, AskError>| {
+            shared.end(how);
+            End::Stopped
+        };
+        loop {
+            let known = self.judge.known(&shown, |key| locked(&shared.log).get(key).cloned());
+            let asked = match known.map_err(|problem| ends(Err(AskError::Template(problem))))? {
+                Known::Understood(..) => return Ok(None),
+                Known::Invalid(problem, _) => return Ok(Some(problem)),
+                Known::Open(asked) => asked,
+            };
+            let begun = Instant::now();
+            let response = self.caller.call(&asked.chat(self.judge), TRIES, jitter, || shared.stopped());
+            let response = response.map_err(|why| match why {
+                NoAnswer::Failed(problem) => End::Failed(problem),
+                NoAnswer::Fatal(problem, help) => ends(Err(AskError::Fatal { problem, help })),
+                NoAnswer::Spent => ends(Ok(Ended::Spent)),
+                NoAnswer::Stopped => match self.caller.interrupt.asked() {
+                    Some(code) => ends(Ok(Ended::Interrupted(code))),
+                    None => End::Stopped,
+                },
+            })?;
+            let order = match question.order {
+                Order::PolicyFirst => 1,
+                Order::PolicySecond => 2,
+            };
+            let entry = json!({
+                "prompt": question.pair,
+                "order": order,
+                "attempt": asked.attempt,
+                "time": jiff::Timestamp::now().to_string(),
+                "seconds": begun.elapsed().as_secs_f64(),
+                "changes": self.caller.endpoint.changes(),
+                "response": response,
+            });
+            let pushed = locked(&shared.log).push(&asked.key, &entry);
+            pushed.map_err(|error| ends(Err(error.into())))?;
+        }
+    }
+
+    /// A small question of which everybody knows the answer, before anything that takes long: is the address right, the
+    /// key, the model's name, and is the answer in the form that was asked for? Says what is wrong with the form, if
+    /// anything.
+    ///
+    /// # Errors
+    /// No call will have an answer.
+    pub fn canary(&self, log: &mut Log, from_log: bool) -> Result<Option<String>, AskError> {
+        const TRIES: u32 = 3;
+        let shown = Shown {
+            prompt: "What is two and two?",
+            turns: &[],
+            a: "Two and two is four.",
+            b: "Two and two is a kind of fish.",
+            reference: Some("Four."),
+        };
+        let messages = self.judge.prompt.messages(self.judge.form, &shown).map_err(AskError::Template)?;
+        let asked = self.judge.asked(messages, 0);
+        let understood = |response: &Value| {
+            let [a, b] = &self.judge.prompt.labels;
+            (Answer { response }).understand(self.judge.form, [a, b], self.judge.scale()).err()
+        };
+        if let Some(entry) = log.get(&asked.key).filter(|_| from_log) {
+            return Ok(understood(entry.get("response").unwrap_or(&Value::Null)));
+        }
+        match self.caller.call(&asked.chat(self.judge), TRIES, &mut jitter(0), || false) {
+            Ok(response) => {
+                let time = jiff::Timestamp::now().to_string();
+                log.push(&asked.key, &json!({ "canary": true, "time": time, "response": response }))?;
+                Ok(understood(&response))
+            }
+            Err(NoAnswer::Fatal(problem, help)) => Err(AskError::Fatal { problem, help }),
+            Err(NoAnswer::Failed(problem)) => Err(AskError::Gone(problem)),
+            Err(NoAnswer::Spent) => Err(AskError::Fatal {
+                problem: "the budget does not suffice for a single call".into(),
+                help: "raise --max-cost, or lower max_tokens in the judge's file".into(),
+            }),
+            Err(NoAnswer::Stopped) => Err(AskError::Gone("it was interrupted".into())),
+        }
+    }
+}
+
+/// Why a question has no answer.
+enum End {
+    /// It will not have one this time.
+    Failed(String),
+    /// Work ends.
+    Stopped,
+}
+
+impl Asked {
+    /// Of all messages.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.messages.iter().map(|message| message.content.len() as u64).sum()
+    }
+
+    fn chat<'c>(&'c self, judge: &'c EndpointJudge) -> Chat<'c> {
+        Chat {
+            model: &judge.model,
+            messages: &self.messages,
+            temperature: Some(self.temperature),
+            max_tokens: judge.max_tokens,
+            seed: Some(self.seed),
+            form: Some(judge.form),
+            extra_body: &judge.extra_body,
+        }
+    }
+}
+
+fn unit(rng: &mut ChaCha8Rng) -> f64 {
+    (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_budget_holds_while_calls_are_under_way() {
+        let price = Price { input: 1.0, cached_input: None, output: 10.0 };
+        let budget = Budget::new(Some(3), Some(30e-6), Some(price));
+        let fifteen = 15e-6;
+        assert_eq!([(); 3].map(|()| budget.reserve(5, 1)), [Room::Yes(fifteen), Room::Yes(fifteen), Room::Later]);
+        budget.settle(fifteen, Some(Usage { prompt: 4, cached: 0, completion: 0 }));
+        budget.settle(fifteen, None);
+        assert_eq!((budget.calls(), budget.dollars().map(|d| (d * 1e6).round())), (1, Some(4.0)));
+        assert_eq!(budget.reserve(5, 3), Room::No, "it could cost more than is left");
+        assert_eq!([(); 3].map(|()| budget.reserve(0, 0)), [Room::Yes(0.0), Room::Yes(0.0), Room::Later]);
+        budget.settle(0.0, Some(Usage::default()));
+        budget.settle(0.0, Some(Usage::default()));
+        assert_eq!(budget.reserve(0, 0), Room::No, "three calls were answered");
+    }
+
+    #[test]
+    fn usage_is_what_the_endpoint_says() {
+        let response = json!({"usage": {"prompt_tokens": 7, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 3}}});
+        assert_eq!(Usage::of(&response), Usage { prompt: 7, cached: 3, completion: 2 });
+        assert_eq!(Usage::of(&json!({"usage": null})), Usage::default());
+    }
+}
