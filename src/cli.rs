@@ -1,8 +1,12 @@
 //! The command line.
 
+mod report;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+pub use report::Report;
 
 use crate::bytes::Bytes;
 use crate::export::check::Consumer;
@@ -40,6 +44,9 @@ pub enum Command {
     Generate(Generate),
     /// Talk to the policy and to the base.
     Chat(Chat),
+    /// Write the report of a run again, or compare runs.
+    #[command(after_help = report::HELP)]
+    Report(Report),
 }
 
 const RUN_HELP: &str = "\

@@ -18,6 +18,7 @@
 //! | [`loss`] | one file a loss |
 //! | [`export`] | merged models, and adapters for other programs |
 //! | [`train`] | updates, optimizer, schedule, evaluation, checkpoints |
+//! | [`report`] | `report.html`, plots, TensorBoard's files |
 //! | [`run_folder`] | what a run leaves behind |
 //!
 //! `examples/dpo_step_by_step.rs` derives the losses for a newcomer.
@@ -42,6 +43,7 @@ pub mod progress;
 pub mod quant;
 pub mod range;
 pub mod recipe;
+pub mod report;
 pub mod run_folder;
 mod suggest;
 pub mod tensor_file;

@@ -20,6 +20,7 @@ fn main() -> ExitCode {
         Command::Compare(compare) => commands::compare::compare(compare),
         Command::Generate(generate) => commands::generate::generate(generate),
         Command::Chat(chat) => commands::chat::chat(chat),
+        Command::Report(report) => commands::report::report(report),
     });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

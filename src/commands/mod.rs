@@ -9,6 +9,7 @@ pub mod generate;
 pub mod merge;
 pub mod plan;
 mod prepare;
+pub mod report;
 pub mod run;
 mod trained;
 

@@ -17,6 +17,16 @@ pub struct Evaluation<'d> {
     budget: usize,
     /// Of each scored token of each micro-batch, once computed.
     reference: Vec<Vec<f64>>,
+    margins: Vec<Option<PairMargin>>,
+}
+
+/// How far the chosen answer of a pair is above the rejected one.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PairMargin {
+    /// Of their implicit rewards; none for losses without rewards.
+    pub reward: Option<f64>,
+    /// Of their log-probabilities under the policy, in nats.
+    pub logp: f64,
 }
 
 impl<'d> Evaluation<'d> {
@@ -27,7 +37,13 @@ impl<'d> Evaluation<'d> {
         let items: Vec<_> = (0..data.len()).map(|index| Item::example(data, index)).collect();
         let layout = Layout::new(loss, share_prompts);
         let batches = layout.micro_batches(&items, budget);
-        Self { data, items, layout, batches, budget, reference: Vec::new() }
+        Self { data, items, layout, batches, budget, reference: Vec::new(), margins: Vec::new() }
+    }
+
+    /// What was measured last of each example, in the order of the data; none for an example that is no pair.
+    #[must_use]
+    pub fn margins(&self) -> &[Option<PairMargin>] {
+        &self.margins
     }
 
     /// Number of examples.
@@ -65,6 +81,7 @@ impl<'d> Evaluation<'d> {
         // the same numbers, need not be computed twice
         let same = model.is_reference()?;
         let mut tally = Tally::default();
+        let mut margins = vec![None; self.items.len()];
         let (mut k2, mut tokens) = (0.0, 0);
         for (number, batch) in self.batches.iter().enumerate() {
             let items: Vec<_> = batch.iter().map(|&i| self.items[i]).collect();
@@ -88,6 +105,9 @@ impl<'d> Evaluation<'d> {
             let sums: Vec<Sums> = spans().map(|span| Sums::of(&scores[span])).collect();
             let references: Vec<_> = spans().map(|span| Some(reference[span].iter().sum())).collect();
             let scored = assemble(items.len(), &parts, &sums, &references);
+            for (&i, scored) in batch.iter().zip(&scored) {
+                margins[i] = PairMargin::of(scored, loss);
+            }
             let inputs: Vec<(usize, Scored)> = batch
                 .iter()
                 .zip(&scored)
@@ -101,6 +121,7 @@ impl<'d> Evaluation<'d> {
             tally.add_losses(&evaluated.losses, &evaluated.terms);
             advance(batch.len() as u64);
         }
+        self.margins = margins;
         let mut metrics = Metrics::default();
         metrics.push("loss", tally.loss(examples));
         metrics.extend("", &tally.metrics(loss));
@@ -109,6 +130,14 @@ impl<'d> Evaluation<'d> {
             metrics.push("perplexity", perplexity);
         }
         Ok(metrics)
+    }
+}
+
+impl PairMargin {
+    fn of(scored: &Scored, loss: &Loss) -> Option<Self> {
+        let (chosen, rejected) = (scored.chosen?, scored.rejected?);
+        let reward = loss.reward(&chosen).zip(loss.reward(&rejected));
+        Some(Self { reward: reward.map(|(chosen, rejected)| chosen - rejected), logp: chosen.logp - rejected.logp })
     }
 }
 
