@@ -1,11 +1,13 @@
 //! The command line.
 
+mod plot;
 mod report;
 
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub use plot::{Plot, PlotWhat};
 pub use report::Report;
 
 use crate::bytes::Bytes;
@@ -47,6 +49,9 @@ pub enum Command {
     /// Write the report of a run again, or compare runs.
     #[command(after_help = report::HELP)]
     Report(Report),
+    /// Draw a curve of runs, or the losses.
+    #[command(after_help = plot::HELP)]
+    Plot(Plot),
 }
 
 const RUN_HELP: &str = "\

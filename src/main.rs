@@ -21,6 +21,7 @@ fn main() -> ExitCode {
         Command::Generate(generate) => commands::generate::generate(generate),
         Command::Chat(chat) => commands::chat::chat(chat),
         Command::Report(report) => commands::report::report(report),
+        Command::Plot(plot) => commands::plot::plot(plot),
     });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

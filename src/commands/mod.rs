@@ -8,6 +8,7 @@ pub mod export;
 pub mod generate;
 pub mod merge;
 pub mod plan;
+pub mod plot;
 mod prepare;
 pub mod report;
 pub mod run;

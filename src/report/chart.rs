@@ -99,6 +99,8 @@ pub struct Chart {
     pub size: (f64, f64),
     /// Whether the title is drawn.
     pub titled: bool,
+    /// Free pixels around it.
+    pub margin: f64,
 }
 
 const FONT: f64 = 12.0;
@@ -117,18 +119,30 @@ impl Chart {
             marks: Vec::new(),
             size: (480.0, 250.0),
             titled: false,
+            margin: 0.0,
         }
     }
 
     /// The same to stand alone: larger, with its title.
     #[must_use]
     pub fn alone(self) -> Self {
-        Self { size: (720.0, 405.0), titled: true, ..self }
+        Self { size: (720.0, 405.0), titled: true, margin: 24.0, ..self }
     }
 
     /// Draws it.
     #[must_use]
     pub fn draw(&self) -> Drawing {
+        let inner = self.draw_inner();
+        if self.margin == 0.0 {
+            return inner;
+        }
+        let around = |length: f64| length + 2.0 * self.margin;
+        let mut drawing = Drawing::new(around(inner.width), around(inner.height), inner.description.clone());
+        drawing.place(inner, (self.margin, self.margin));
+        drawing
+    }
+
+    fn draw_inner(&self) -> Drawing {
         let (width, height) = self.size;
         let mut drawing = Drawing::new(width, height, self.description());
         let top = if self.titled { 48.0 } else { 26.0 };
@@ -196,21 +210,25 @@ impl Chart {
         (top, bottom): (f64, f64),
     ) {
         const LINE: f64 = 14.0;
-        let mut labels: Vec<(f64, &str, Ink)> =
-            self.end_labels().filter_map(|(point, label, ink)| Some((place(point)?.1, label, ink))).collect();
-        labels.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let placed = self.end_labels().filter_map(|(point, label, ink)| Some((place(point)?, label, ink)));
+        // those of curves that end elsewhere have room beside their end
+        let (mut labels, early): (Vec<_>, Vec<_>) = placed.partition(|((x, _), ..)| *x > right - 40.0);
+        labels.sort_by(|a, b| a.0.1.total_cmp(&b.0.1));
         let mut lowest = top - LINE + 4.0;
-        for (at, ..) in &mut labels {
-            *at = at.max(lowest + LINE);
-            lowest = *at;
+        for ((_, y), ..) in &mut labels {
+            *y = y.max(lowest + LINE);
+            lowest = *y;
         }
         let mut highest = bottom + LINE;
-        for (at, ..) in labels.iter_mut().rev() {
-            *at = at.min(highest - LINE);
-            highest = *at;
+        for ((_, y), ..) in labels.iter_mut().rev() {
+            *y = y.min(highest - LINE);
+            highest = *y;
         }
-        for (at, label, ink) in labels {
-            drawing.text((right + 8.0, at + 4.0), Anchor::Start, label, FONT, ink);
+        for ((_, y), label, ink) in labels {
+            drawing.text((right + 8.0, y + 4.0), Anchor::Start, label, FONT, ink);
+        }
+        for ((x, y), label, ink) in early {
+            drawing.text((x + 8.0, y + 4.0), Anchor::Start, label, FONT, ink);
         }
     }
 }
@@ -329,6 +347,10 @@ impl Placed {
         let usable = |value: &f64| value.is_finite() && (axis.scale == Scale::Linear || *value > 0.0);
         let used = || values.iter().chain(&axis.include).copied().filter(usable);
         let (mut min, mut max) = (used().fold(f64::INFINITY, f64::min), used().fold(f64::NEG_INFINITY, f64::max));
+        // an axis that would begin a little above zero begins at zero
+        if axis.scale == Scale::Linear && min > 0.0 && min < 0.4 * max {
+            min = 0.0;
+        }
         if min > max {
             (min, max) = if axis.scale == Scale::Log { (0.1, 1.0) } else { (0.0, 1.0) };
         }
@@ -388,18 +410,24 @@ pub fn histogram(sets: &[&[f64]], target: usize) -> Vec<Vec<(f64, f64, f64)>> {
     sets.iter().map(count).collect()
 }
 
-/// An exponential mean over about `window` values, begun without a lean towards zero (Adam's correction).
+/// A mean over about `window` values around each, the near ones counting more (a triangle). Unlike an exponential mean it
+/// does not lag behind.
 #[must_use]
 pub fn smoothed(points: &[Point], window: f64) -> Vec<Point> {
-    let keep = 1.0 - 2.0 / (window + 1.0);
-    let (mut sum, mut weight) = (0.0, 0.0);
-    let mut smooth = Vec::with_capacity(points.len());
-    for &(x, y) in points.iter().filter(|(_, y)| y.is_finite()) {
-        sum = keep * sum + (1.0 - keep) * y;
-        weight = keep * weight + (1.0 - keep);
-        smooth.push((x, sum / weight));
-    }
-    smooth
+    let points: Vec<Point> = points.iter().copied().filter(|(_, y)| y.is_finite()).collect();
+    let reach = (window / 2.0).max(1.0);
+    let around = reach.ceil() as usize;
+    let mean = |i: usize| {
+        let near = i.saturating_sub(around)..(i + around + 1).min(points.len());
+        let (mut sum, mut weights) = (0.0, 0.0);
+        for j in near {
+            let weight = (1.0 - i.abs_diff(j) as f64 / reach).max(0.0);
+            sum += weight * points[j].1;
+            weights += weight;
+        }
+        (points[i].0, sum / weights)
+    };
+    (0..points.len()).map(mean).collect()
 }
 
 #[cfg(test)]
@@ -482,11 +510,13 @@ mod tests {
     }
 
     #[test]
-    fn a_smooth_line_begins_at_the_first_value_and_ignores_no_trend() {
-        let constant: Vec<Point> = (0..50).map(|x| (f64::from(x), 3.0)).collect();
-        assert!(smoothed(&constant, 10.0).iter().all(|(_, y)| (y - 3.0).abs() < 1e-12));
+    fn a_smooth_line_keeps_a_trend_and_loses_noise() {
+        let slope: Vec<Point> = (0..50).map(|x| (f64::from(x), 3.0 * f64::from(x))).collect();
+        let smooth = smoothed(&slope, 10.0);
+        assert!(smooth[10..40].iter().all(|(x, y)| (y - 3.0 * x).abs() < 1e-9), "no lag");
         let noisy: Vec<Point> = (0..200).map(|x| (f64::from(x), if x % 2 == 0 { 0.0 } else { 2.0 })).collect();
-        assert!((smoothed(&noisy, 40.0).last().expect("one").1 - 1.0).abs() < 0.06);
+        assert!(smoothed(&noisy, 40.0).iter().all(|(_, y)| (y - 1.0).abs() < 0.1));
+        assert_eq!(smoothed(&[(1.0, 2.0), (2.0, f64::NAN)], 10.0), [(1.0, 2.0)]);
     }
 
     #[test]

@@ -305,7 +305,7 @@ fn gradients(history: &History) -> Option<Check> {
             remedy: "",
         });
     };
-    let many = spikes.len() * 50 > norms.len();
+    let many = spikes.len() >= 3 && spikes.len() * 50 > norms.len();
     Some(Check {
         name: "Gradients have spikes",
         level: if many { Level::Bad } else { Level::Watch },
@@ -369,12 +369,12 @@ fn lengths(run: &Run) -> Option<Check> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::report::run::{Lengths, Sample, State, WinRate};
 
     /// A made-up run of 100 updates that goes as it should, changed by `f(name, share of the run, value)`.
-    fn run(change: impl Fn(&str, f64, f64) -> f64) -> Run {
+    pub(in crate::report) fn run(change: impl Fn(&str, f64, f64) -> f64) -> Run {
         let mut history = History::default();
         for step in 0..=100u64 {
             let t = step as f64 / 100.0;

@@ -5,6 +5,8 @@
 
 use std::fmt::Write;
 
+use super::font;
+
 /// A colour by its meaning.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ink {
@@ -321,16 +323,10 @@ pub(super) fn escaped(text: &str) -> String {
     safe
 }
 
-/// About how wide a text is in a common sans-serif font.
+/// About how wide a text is: as wide as in the letters that pictures of pixels have, which are those of a common sans-serif
+/// font or a little wider.
 pub(super) fn text_width(text: &str, size: f64) -> f64 {
-    let em = |c: char| match c {
-        'i' | 'l' | 'j' | '.' | ',' | ':' | ';' | '\'' | '|' | '!' | 'I' => 0.27,
-        't' | 'f' | 'r' | ' ' | '(' | ')' | '[' | ']' | '/' | '-' => 0.36,
-        'm' | 'w' | 'M' | 'W' | '%' | '@' | '→' => 0.86,
-        c if c.is_uppercase() => 0.67,
-        _ => 0.57,
-    };
-    size * text.chars().map(em).sum::<f64>()
+    font::width(text, size)
 }
 
 #[cfg(test)]

@@ -93,7 +93,6 @@ struct WinRateView<'r> {
 #[derive(Serialize)]
 struct Group<'r> {
     title: String,
-    open: bool,
     samples: Vec<&'r Judged>,
 }
 
@@ -155,7 +154,22 @@ pub fn render(run: &Run) -> Result<String, minijinja::Error> {
     fill("report.html", &page)
 }
 
-/// Fills one of the two templates. What is put into them is escaped, unless it is a drawing of our own.
+/// Charts in a page of their own, each with a note.
+///
+/// # Errors
+/// The template engine's.
+pub fn pictures(title: &str, lead: &str, charts: &[(Chart, String)]) -> Result<String, minijinja::Error> {
+    #[derive(Serialize)]
+    struct Pictures<'p> {
+        title: &'p str,
+        lead: &'p str,
+        pictures: Vec<Picture>,
+    }
+    let picture = |(chart, note): &(Chart, String)| Picture::new(chart.title.clone(), note.clone(), &chart.draw());
+    fill("pictures.html", &Pictures { title, lead, pictures: charts.iter().map(picture).collect() })
+}
+
+/// Fills one of the templates. What is put into them is escaped, unless it is a drawing of our own.
 pub(super) fn fill(name: &str, page: &impl Serialize) -> Result<String, minijinja::Error> {
     let mut templates = Environment::new();
     templates.set_auto_escape_callback(|_| AutoEscape::Html);
@@ -236,7 +250,7 @@ fn evidence(run: &Run) -> (Level, String, String) {
     // a model that judges says more than a formula
     let judged = run.win_rates.iter().find(|win_rate| win_rate.judge.kind == "endpoint").or(run.win_rates.first());
     if let Some(WinRate { win_rate, against, judge, prompts, .. }) = judged {
-        let against = if against.is_empty() { "the base" } else { against };
+        let against = if against.is_empty() || against == "base" { "the base" } else { against };
         let (level, headline) = match win_rate.interval {
             Some((low, _)) if low > 0.5 => (Level::Good, format!("Better than {against}.")),
             Some((_, high)) if high < 0.5 => (Level::Bad, format!("Worse than {against}.")),
@@ -336,9 +350,15 @@ fn tiles(run: &Run) -> Vec<Tile> {
             ),
         });
     }
+    // a base that is its own reference has neither margin nor accuracy
+    let at_reference = run.history.before_and_after("rewards/margins").0 == Some(0.0);
     let mut add = |metric: &str, label: &'static str, show: fn(f64) -> String| {
         if let (before, Some(after)) = run.history.before_and_after(metric) {
-            let detail = before.map_or(String::new(), |before| format!("before {}", show(before)));
+            let detail = match before {
+                Some(_) if at_reference && metric == "rewards/accuracies" => "chance is 50 %".to_owned(),
+                Some(before) => format!("before {}", show(before)),
+                None => String::new(),
+            };
             tiles.push(Tile { label, value: show(after), detail });
         }
     };
@@ -361,12 +381,15 @@ fn held_out(run: &Run) -> Vec<[String; 3]> {
         ("logps/chosen", "Log-prob of the chosen answer", number),
         ("logps/rejected", "Log-prob of the rejected answer", number),
         ("perplexity", "Perplexity of chosen answers", number),
-        ("mean_token_accuracy", "Chosen tokens that come first", percent),
+        ("mean_token_accuracy", "Chosen tokens that are the most probable", percent),
         ("kl_to_reference", "Distance from the reference, nats a token", number),
     ];
+    let at_reference = run.history.before_and_after("rewards/margins").0 == Some(0.0);
     let row = |(metric, label, show): Row| match run.history.before_and_after(metric) {
         (None, None) => None,
         (before, after) => {
+            // a base that is its own reference has no accuracy
+            let before = before.filter(|_| !(at_reference && metric == "rewards/accuracies"));
             let [before, after] = [before, after].map(|value| value.map_or("—".into(), show));
             Some([label.to_owned(), before, after])
         }
@@ -461,7 +484,7 @@ impl<'r> WinRateView<'r> {
                     [category.category.clone(), category.prompts.to_string(), rate]
                 })
                 .collect(),
-            orders: rows.map(|(name, row)| (name, row.iter().map(|n| number(*n)).collect())).collect(),
+            orders: rows.map(|(name, row)| (name, row.iter().map(|n| count(*n)).collect())).collect(),
             order_facts,
             lengths: length_rows.into_iter().flatten().collect(),
             scatter: scatter(&win_rate.samples).map(|chart| safe(&chart.draw())),
@@ -473,6 +496,11 @@ impl<'r> WinRateView<'r> {
 
 fn safe(drawing: &Drawing) -> Svg {
     minijinja::Value::from_safe_string(drawing.svg(Theme::Page))
+}
+
+/// How many prompts; a share of one where a table counts such.
+fn count(value: f64) -> String {
+    if value.fract() == 0.0 && value >= 0.0 { thousands(value as usize) } else { number(value) }
 }
 
 /// The win rate, and the length-controlled one, as points with their intervals on a scale from 0 to 100 %.
@@ -591,10 +619,11 @@ fn groups(samples: &[Judged]) -> (Vec<Group<'_>>, usize) {
         let clearness = |sample: &Judged| sample.score.map_or(0.0, |score| (score - 0.5).abs());
         samples.sort_by(|a, b| clearness(b).total_cmp(&clearness(a)));
         left_out += samples.len().saturating_sub(most);
-        let title = format!("{title}: {}", thousands(samples.len()));
+        let shown = if samples.len() > most { format!(", {most} shown") } else { String::new() };
+        let title = format!("{title}: {}{shown}", thousands(samples.len()));
         samples.truncate(most);
         if !samples.is_empty() {
-            groups.push(Group { title, open: false, samples });
+            groups.push(Group { title, samples });
         }
     }
     (groups, left_out)
@@ -707,4 +736,143 @@ fn hashes(summary: &Value) -> Vec<[String; 2]> {
     let known =
         hashes.into_iter().flatten().filter_map(|(name, hash)| Some([name.clone(), hash.as_str()?.to_owned()]));
     known.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::checks::tests::run;
+    use super::super::run::{Category, Choices, Divergence, Estimate, EvalCheck, Judge, Lengths, Orders, Verdict};
+    use super::*;
+
+    const EVIL: &str = "</pre></style><script>alert('x')</script><img src=x onerror=\"y\">{{ 7 * 7 }}";
+
+    fn judged(score: f64) -> Judged {
+        Judged {
+            prompt: EVIL.into(),
+            policy: format!("{EVIL} policy"),
+            against: EVIL.into(),
+            score: Some(score),
+            category: Some(EVIL.into()),
+            verdicts: vec![Verdict { order: 1, verdict: EVIL.into(), reason: Some(EVIL.into()) }],
+        }
+    }
+
+    fn win_rate(estimate: f64, interval: (f64, f64)) -> WinRate {
+        WinRate {
+            folder: "base-by-judge".into(),
+            headline: EVIL.into(),
+            against: "base".into(),
+            judge: Judge { kind: "endpoint".into(), name: "a judge".into(), measures: EVIL.into() },
+            prompts: 300,
+            wins: 180,
+            ties: 20,
+            losses: 100,
+            invalid: 3,
+            win_rate: Estimate { estimate, interval: Some(interval), method: String::new() },
+            length_controlled: Some(Estimate { estimate: 0.5, interval: None, method: String::new() }),
+            orders: Some(Orders {
+                table: vec![vec![41.0, 6.0, 3.0], vec![8.0, 30.0, 2.0], vec![3.0, 2.0, 5.0]],
+                agreement: Some(0.76),
+                ..Orders::default()
+            }),
+            lengths: Lengths { policy_chars: Some(100.0), against_chars: Some(90.0), ..Lengths::default() },
+            categories: vec![Category {
+                category: EVIL.into(),
+                prompts: 3,
+                estimate: 0.5,
+                standard_error: Some(0.1),
+            }],
+            warnings: vec![EVIL.into()],
+            samples: (0..300).map(|i| judged([0.0, 0.5, 1.0, 1.0][i % 4])).collect(),
+            ..WinRate::default()
+        }
+    }
+
+    /// A run with everything that a report can show, all of it hostile.
+    fn full() -> Run {
+        let mut run = run(|_, _, value| value);
+        run.name = EVIL.into();
+        run.recipe_text = EVIL.into();
+        run.samples[0].prompt = EVIL.into();
+        run.unreadable = vec![EVIL.into()];
+        run.win_rates = vec![win_rate(0.62, (0.57, 0.67))];
+        run.margins.logps.before = vec![Some(-1.0), None, Some(0.5)];
+        run.margins.logps.after = vec![Some(1.0), None, Some(2.5)];
+        run.margins.rewards.after = vec![Some(0.5), None, Some(0.25)];
+        run.eval = Some(EvalFile {
+            pairs: 3,
+            policy: [(EVIL.to_owned(), Value::from(0.5))].into_iter().collect(),
+            kl: Some(Divergence { per_token: Some(0.1), total: None }),
+            choices: vec![Choices { file: EVIL.into(), questions: 3, difference: -0.01, ..Choices::default() }],
+            checks: vec![EvalCheck {
+                name: EVIL.into(),
+                verdict: EVIL.into(),
+                why: EVIL.into(),
+                ..EvalCheck::default()
+            }],
+            ..EvalFile::default()
+        });
+        let summary = serde_json::json!({
+            "version": EVIL, "seconds": 12.5, "steps": 100, "num_tokens": 1000, "model": EVIL,
+            "data": {"train": {"facts": {"rows": 3, "shapes": [EVIL]}, "dropped": {EVIL: 3}}},
+            "hashes": {EVIL: EVIL},
+        });
+        run.summary = summary;
+        run
+    }
+
+    /// Nothing that models, data or judges wrote becomes markup, and nothing is fetched.
+    #[test]
+    fn what_strangers_wrote_stays_text_and_the_page_loads_nothing() {
+        let html = render(&full()).expect("rendered");
+        for bad in ["<script", "<img", "onerror=\"", "<link", "@import", "url(", "href=", "http:", "https:", "NaN"] {
+            assert!(!html.contains(bad), "{bad}");
+        }
+        assert_eq!(html.matches("src=").count(), html.matches("img src=x onerror=").count());
+        assert!(html.contains("{{ 7 * 7 }}") && html.contains("&lt;script&gt;"));
+        assert!(html.contains("content=\"default-src 'none';"));
+        assert!(html.trim_end().ends_with("</html>"));
+        assert!(html.matches("<svg").count() >= 9, "{}", html.matches("<svg").count());
+        assert!(html.matches("<article").count() <= 201, "judged samples are capped");
+        assert!(html.contains("Won: 150, 80 shown"));
+    }
+
+    #[test]
+    fn equal_runs_have_equal_reports() {
+        assert_eq!(render(&full()).expect("rendered"), render(&full()).expect("rendered"));
+    }
+
+    #[test]
+    fn the_verdict_is_that_of_the_best_evidence() {
+        let verdict = |run: &Run| {
+            let verdict = verdict(run, &checks(run));
+            (verdict.level, verdict.headline)
+        };
+        let mut run = run(|_, _, value| value);
+        run.summary = serde_json::json!({"data": {"eval": {"facts": {"examples": 200}}}});
+        assert_eq!(verdict(&run), (Level::Good, "It learned the preference.".into()), "75 % of 200");
+        run.summary["data"]["eval"]["facts"]["examples"] = 8.into();
+        assert_eq!(verdict(&run), (Level::Watch, "Whether it learned the preference is not clear.".into()), "6 of 8");
+        run.win_rates = vec![win_rate(0.62, (0.57, 0.67))];
+        assert_eq!(verdict(&run), (Level::Good, "Better than the base.".into()));
+        run.win_rates = vec![win_rate(0.42, (0.37, 0.47))];
+        assert_eq!(verdict(&run), (Level::Bad, "Worse than the base.".into()));
+        run.win_rates = vec![win_rate(0.52, (0.47, 0.57))];
+        run.state = State::Running;
+        assert_eq!(verdict(&run), (Level::Watch, "So far: no clear difference to the base.".into()));
+        run.win_rates.clear();
+        run.history = Default::default();
+        assert_eq!(verdict(&run), (Level::Watch, "So far: nothing was held out.".into()));
+    }
+
+    /// The vectors are those of every textbook: 57 of 100, and the ends.
+    #[test]
+    fn wilsons_interval() {
+        for (k, n, low, high) in
+            [(57.0, 100.0, 0.472154, 0.662667), (0.0, 20.0, 0.0, 0.161125), (20.0, 20.0, 0.838875, 1.0)]
+        {
+            let (found_low, found_high) = wilson(k, n);
+            assert!((found_low - low).abs() < 1e-6 && (found_high - high).abs() < 1e-6, "{found_low} {found_high}");
+        }
+    }
 }
