@@ -3,10 +3,15 @@
 mod eval;
 mod serve;
 mod win_rate;
+mod plot;
+mod report;
 
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+pub use plot::{Plot, PlotWhat};
+pub use report::Report;
 
 use crate::bytes::Bytes;
 use crate::export::check::Consumer;
@@ -57,6 +62,12 @@ pub enum Command {
     /// Is the policy better than the base, and how sure is that? A judge compares their answers.
     #[command(after_help = win_rate::HELP)]
     WinRate(WinRate),
+    /// Write the report of a run again, or compare runs.
+    #[command(after_help = report::HELP)]
+    Report(Report),
+    /// Draw a curve of runs, or the losses.
+    #[command(after_help = plot::HELP)]
+    Plot(Plot),
 }
 
 const RUN_HELP: &str = "\

@@ -21,6 +21,7 @@
 //! | [`export`] | merged models, and adapters for other programs |
 //! | [`statistics`] | honest comparisons: scores, intervals, tests, control for length and style |
 //! | [`train`] | updates, optimizer, schedule, evaluation, checkpoints |
+//! | [`report`] | `report.html`, plots, TensorBoard's files |
 //! | [`run_folder`] | what a run leaves behind |
 //! | [`serve`] | an OpenAI-style server of base and policy |
 //!
@@ -48,6 +49,7 @@ pub mod progress;
 pub mod quant;
 pub mod range;
 pub mod recipe;
+pub mod report;
 pub mod run_folder;
 pub mod statistics;
 pub mod serve;

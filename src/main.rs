@@ -23,6 +23,8 @@ fn main() -> ExitCode {
         Command::Chat(chat) => commands::chat::chat(chat),
         Command::Serve(serve) => commands::serve::serve(serve),
         Command::WinRate(win_rate) => commands::win_rate::win_rate(win_rate),
+        Command::Report(report) => commands::report::report(report),
+        Command::Plot(plot) => commands::plot::plot(plot),
     });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -8,6 +8,9 @@
 //!   adapter/                             PEFT files, tokenizer, chat template
 //!   checkpoints/step-000100/             everything a resume needs
 //!   samples.jsonl                        answers of base and policy
+//!   margins.json                         of every held-out pair, before and after
+//!   report.html                          all of it to look at
+//!   tb/                                  the metrics for TensorBoard
 //! ```
 
 use std::fs::{self, File, OpenOptions};
@@ -130,6 +133,24 @@ impl RunFolder {
     #[must_use]
     pub fn samples(&self) -> PathBuf {
         self.path.join("samples.jsonl")
+    }
+
+    /// `margins.json`
+    #[must_use]
+    pub fn margins(&self) -> PathBuf {
+        self.path.join("margins.json")
+    }
+
+    /// `report.html`
+    #[must_use]
+    pub fn report(&self) -> PathBuf {
+        self.path.join("report.html")
+    }
+
+    /// `tb/`
+    #[must_use]
+    pub fn tensorboard(&self) -> PathBuf {
+        self.path.join("tb")
     }
 }
 

@@ -62,11 +62,13 @@ pub struct RunConfig {
     pub checkpoint_every: Option<Count>,
     /// How many checkpoints are kept, the newest.
     pub keep: Count,
+    /// Whether event files for TensorBoard are written into `tb/`.
+    pub tensorboard: bool,
 }
 
 impl Default for RunConfig {
     fn default() -> Self {
-        Self { out: None, checkpoint_every: None, keep: Count::constant(2) }
+        Self { out: None, checkpoint_every: None, keep: Count::constant(2), tensorboard: true }
     }
 }
 

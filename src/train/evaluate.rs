@@ -19,6 +19,16 @@ pub struct Evaluation<'d> {
     budget: usize,
     /// Of each scored token of each micro-batch, once computed.
     reference: Vec<Vec<f64>>,
+    margins: Vec<Option<PairMargin>>,
+}
+
+/// How far the chosen answer of a pair is above the rejected one.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PairMargin {
+    /// Of their implicit rewards; none for losses without rewards.
+    pub reward: Option<f64>,
+    /// Of their log-probabilities under the policy, in nats.
+    pub logp: f64,
 }
 
 impl<'d> Evaluation<'d> {
@@ -35,7 +45,13 @@ impl<'d> Evaluation<'d> {
         let items: Vec<_> = examples.iter().map(|&index| Item::example(data, index)).collect();
         let layout = Layout::new(loss, share_prompts);
         let batches = layout.micro_batches(&items, budget);
-        Self { data, examples, items, layout, batches, budget, reference: Vec::new() }
+        Self { data, examples, items, layout, batches, budget, reference: Vec::new(), margins: Vec::new() }
+    }
+
+    /// What was measured last of each example, in the order of the data; none for an example that is no pair.
+    #[must_use]
+    pub fn margins(&self) -> &[Option<PairMargin>] {
+        &self.margins
     }
 
     /// Number of examples.
@@ -63,7 +79,9 @@ impl<'d> Evaluation<'d> {
         step: usize,
         advance: &dyn Fn(u64),
     ) -> Result<Metrics, TrainError> {
-        Ok(self.examine(model, loss, Adapter::On, step, advance)?.0)
+        let (metrics, scored) = self.examine(model, loss, Adapter::On, step, advance)?;
+        self.margins = scored.iter().map(|scored| PairMargin::of(scored, loss)).collect();
+        Ok(metrics)
     }
 
     /// The metrics of [`measure`](Self::measure) for the model with `policy` on, and what each example was scored to. With
@@ -142,6 +160,14 @@ impl<'d> Evaluation<'d> {
             metrics.push("perplexity", perplexity);
         }
         Ok((metrics, all))
+    }
+}
+
+impl PairMargin {
+    fn of(scored: &Scored, loss: &Loss) -> Option<Self> {
+        let (chosen, rejected) = (scored.chosen?, scored.rejected?);
+        let reward = loss.reward(&chosen).zip(loss.reward(&rejected));
+        Some(Self { reward: reward.map(|(chosen, rejected)| chosen - rejected), logp: chosen.logp - rejected.logp })
     }
 }
 

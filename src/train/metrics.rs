@@ -22,6 +22,11 @@ impl Metrics {
         self.0.iter().find(|(known, _)| known == name).map(|(_, value)| *value)
     }
 
+    /// Every name with its number, in the order in which they are written.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, f64)> {
+        self.0.iter().map(|(name, value)| (name.as_str(), *value))
+    }
+
     /// All numbers, with `prefix` before each name.
     pub fn extend(&mut self, prefix: &str, other: &Metrics) {
         self.0.extend(other.0.iter().map(|(name, value)| (format!("{prefix}{name}"), *value)));

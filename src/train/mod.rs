@@ -15,7 +15,7 @@ mod schedule;
 mod trainer;
 
 pub use config::{EvalConfig, TrainConfig};
-pub use evaluate::Evaluation;
+pub use evaluate::{Evaluation, PairMargin};
 pub use metrics::Metrics;
 pub use optimizer::AdamW;
 pub use packing::{PackingFacts, Spread};

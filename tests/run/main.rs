@@ -8,6 +8,7 @@ mod merged;
 mod plan;
 mod recipes;
 mod reference;
+mod report;
 mod results;
 mod resume;
 mod serve;

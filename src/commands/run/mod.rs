@@ -18,6 +18,7 @@ use crate::interrupt::Interrupt;
 use crate::model::Adapter;
 use crate::model::generate::Stop;
 use crate::progress::{Bar, Console, duration, short};
+use crate::report::{self, Margins, tensorboard};
 use crate::run_folder::MetricsLog;
 use crate::train::checkpoint::{self, State};
 use crate::train::{Evaluation, Metrics, TrainError, Trainer};
@@ -49,7 +50,9 @@ struct Training<'p> {
     trainer: Trainer<'p>,
     evaluation: Option<Evaluation<'p>>,
     log: MetricsLog,
+    tensorboard: Option<tensorboard::Writer>,
     before: Option<Metrics>,
+    margins: Margins,
     /// Where the reference's log-probs came from, if they were known before the first update.
     reference: Option<reference::Report>,
     started: Instant,
@@ -76,9 +79,13 @@ impl<'p> Training<'p> {
             }
         };
         let started = Instant::now();
-        let before = match saved_step {
-            Some(_) => summary::read_before(&run.folder),
-            None => None,
+        let (before, margins) = match saved_step {
+            Some(_) => (summary::read_before(&run.folder), Margins::read(&run.folder)),
+            None => (None, Margins::default()),
+        };
+        let tensorboard = match run.resolved.recipe.run.tensorboard {
+            true => open_tensorboard(run, saved_step, console),
+            false => None,
         };
         Ok(Self {
             run,
@@ -88,7 +95,9 @@ impl<'p> Training<'p> {
             trainer,
             evaluation,
             log,
+            tensorboard,
             before,
+            margins,
             reference: None,
             started,
             seconds_before,
@@ -110,9 +119,10 @@ impl<'p> Training<'p> {
                 line.push("step", 0.0);
                 line.push("epoch", 0.0);
                 line.extend("eval_", before);
-                self.log.push(line.json()).map_err(failed)?;
+                self.log(&line)?;
             }
         }
+        self.report(true);
         let mut after = self.updates()?;
         if after.is_none() && self.trainer.is_done() {
             // resumed after the last update, or there was none
@@ -130,6 +140,7 @@ impl<'p> Training<'p> {
         };
         let json = summary.json();
         files::write(&self.run.folder.summary(), format!("{json:#}\n").as_bytes()).map_err(failed)?;
+        self.report(false);
         summary.tell(&samples, self.console);
         Ok(json)
     }
@@ -156,7 +167,8 @@ impl<'p> Training<'p> {
             let left = begun.0.elapsed().as_secs_f64() / (step - begun.1) as f64 * (total - step) as f64;
             bar.advance(1);
             bar.state(&format!("{}  {} left", in_short(&metrics), duration(left)), step == total);
-            if step.is_multiple_of(eval_every) || step == total {
+            let evaluates = step.is_multiple_of(eval_every) || step == total;
+            if evaluates {
                 held = self.evaluate()?;
                 if let Some(held) = &held {
                     metrics.extend("eval_", held);
@@ -165,9 +177,13 @@ impl<'p> Training<'p> {
                     }
                 }
             }
-            self.log.push(metrics.json()).map_err(failed)?;
-            if step.is_multiple_of(checkpoint_every) || step == total {
+            self.log(&metrics)?;
+            let saves = step.is_multiple_of(checkpoint_every) || step == total;
+            if saves {
                 self.checkpoint()?;
+            }
+            if evaluates || saves {
+                self.report(true);
             }
         }
         Ok(held)
@@ -177,7 +193,29 @@ impl<'p> Training<'p> {
         let Some(evaluation) = &mut self.evaluation else { return Ok(None) };
         let bar = self.console.count_bar("evaluating", evaluation.len() as u64);
         let advance = |by| Bar::advance(&bar, by);
-        self.trainer.evaluate(evaluation, &advance).map(Some).map_err(failed)
+        let metrics = self.trainer.evaluate(evaluation, &advance).map_err(failed)?;
+        self.margins.put(self.trainer.step() as u64, evaluation.margins());
+        self.margins.write(&self.run.folder).map_err(failed)?;
+        Ok(Some(metrics))
+    }
+
+    /// Writes down what an update or an evaluation said.
+    fn log(&mut self, metrics: &Metrics) -> Result<(), Failure> {
+        self.log.push(metrics.json()).map_err(failed)?;
+        if let Some(writer) = &mut self.tensorboard
+            && let Err(error) = writer.scalars(metrics)
+        {
+            self.console.warning(format_args!("{error}; there will be no more TensorBoard events"));
+            self.tensorboard = None;
+        }
+        Ok(())
+    }
+
+    /// Writes the report of how far it is. A report that cannot be written is no reason to end a run.
+    fn report(&self, running: bool) {
+        if let Err(error) = report::write(&self.run.folder, running) {
+            self.console.warning(error);
+        }
     }
 
     fn checkpoint(&mut self) -> Result<(), Failure> {
@@ -203,6 +241,7 @@ impl<'p> Training<'p> {
         {
             return failure;
         }
+        self.report(false);
         self.console.line(format_args!("\nstopped after update {step} of {total}; to go on:"));
         self.console.line(format_args!("  dpo-lora run --resume {}", self.run.folder.shown()));
         Failure::Interrupted(code)
@@ -254,6 +293,22 @@ impl<'p> Training<'p> {
             Ok::<_, peft::SaveError>(())
         })
         .map_err(failed)
+    }
+}
+
+/// The event file of this run, or of its part after a resume.
+fn open_tensorboard(run: &Run, saved_step: Option<usize>, console: &Console) -> Option<tensorboard::Writer> {
+    let recipe = std::fs::read_to_string(run.folder.resolved_recipe()).unwrap_or_default();
+    match tensorboard::Writer::create(
+        &run.folder.tensorboard(),
+        saved_step.map_or(0, |step| step as u64 + 1),
+        &recipe,
+    ) {
+        Ok(writer) => Some(writer),
+        Err(error) => {
+            console.warning(format_args!("{error}; there will be no TensorBoard events"));
+            None
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 
 use super::Sample;
@@ -44,6 +45,13 @@ impl Summary<'_> {
             "expected_memory_bytes": expected_memory,
             "parameters": { "base": model.decoder().config().num_parameters(), "trainable": adapters.num_parameters() },
             "data": { "train": rows(train), "eval": eval.as_ref().map(rows) },
+            "environment": {
+                "system": format!("{} on {}", std::env::consts::OS, std::env::consts::ARCH),
+                "cpu": machine::processor(),
+                "threads": rayon::current_num_threads(),
+                "memory_bytes": machine::total_memory(),
+            },
+            "ended": now().to_string(),
             "hashes": { "base": fingerprints.base, "train": fingerprints.data, "adapter": adapter },
         })
     }
@@ -82,6 +90,13 @@ impl Summary<'_> {
             self.prepared.run.folder.shown()
         ));
     }
+}
+
+/// The time to the second, or that of `SOURCE_DATE_EPOCH`, for files that have to be the same again.
+fn now() -> Timestamp {
+    let set = std::env::var("SOURCE_DATE_EPOCH").ok().and_then(|seconds| seconds.parse().ok());
+    let second = set.unwrap_or_else(|| Timestamp::now().as_second());
+    Timestamp::from_second(second).unwrap_or(Timestamp::UNIX_EPOCH)
 }
 
 fn one_line(text: &str) -> String {
