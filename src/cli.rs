@@ -1,10 +1,10 @@
 //! The command line.
 
 mod eval;
-mod serve;
-mod win_rate;
 mod plot;
 mod report;
+mod serve;
+mod win_rate;
 
 use std::path::PathBuf;
 
@@ -61,7 +61,7 @@ pub enum Command {
     Serve(Serve),
     /// Is the policy better than the base, and how sure is that? A judge compares their answers.
     #[command(after_help = win_rate::HELP)]
-    WinRate(WinRate),
+    WinRate(Box<WinRate>),
     /// Write the report of a run again, or compare runs.
     #[command(after_help = report::HELP)]
     Report(Report),

@@ -30,6 +30,13 @@ pub struct Prompt {
     pub reference: Option<String>,
 }
 
+impl Prompt {
+    /// A prompt and nothing that a row would say of it.
+    pub(crate) fn new(ids: Vec<u32>, text: String, turns: Vec<(String, String)>) -> Self {
+        Self { ids, text, turns, id: None, category: None, group: None, reference: None }
+    }
+}
+
 /// Columns that are read besides those of preferences.
 const COLUMNS: [&str; 12] = [
     "instruction",
@@ -133,8 +140,7 @@ impl Codec {
         if ids.is_empty() {
             return Err(Bad::new(super::DropReason::EmptyPrompt, "the prompt is empty"));
         }
-        let text = text.to_owned();
-        Ok(Prompt { ids, text, turns: Vec::new(), id: None, category: None, group: None, reference: None })
+        Ok(Prompt::new(ids, text.to_owned(), Vec::new()))
     }
 
     /// A conversation whose next turn is the model's.
@@ -146,7 +152,7 @@ impl Codec {
         };
         let text = text.trim_end().to_owned();
         let turns = messages.iter().map(|turn| (turn.role.clone(), turn.content.clone())).collect();
-        Ok(Prompt { ids, text, turns, id: None, category: None, group: None, reference: None })
+        Ok(Prompt::new(ids, text, turns))
     }
 
     /// The prompt that a single text is; see [`load_prompts`].
@@ -319,7 +325,7 @@ mod tests {
         for shape in shapes {
             let prompts = read(&codec, "rows.jsonl", &shape.replace('\n', " "), false);
             let prompts = prompts.unwrap_or_else(|error| panic!("{shape}: {error}"));
-            assert_eq!(prompts, [asked.clone()], "{shape}");
+            assert_eq!(prompts, std::slice::from_ref(&asked), "{shape}");
         }
         // rows of an array, with what belongs to them
         let rows =

@@ -1,8 +1,8 @@
 //! `dpo-lora run` as its users meet it: the binary, its files, its messages, its exit codes.
 
 mod bad_input;
-mod generate;
 mod eval;
+mod generate;
 mod hub;
 mod merged;
 mod plan;

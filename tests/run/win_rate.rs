@@ -144,7 +144,8 @@ impl Server {
 fn texts(user: &str) -> Vec<String> {
     let Some(at) = user.find("<text-") else { return vec![user.to_owned()] };
     let mark = &user[at + 1..at + 14];
-    let parts = user.split(&format!("<{mark}>\n")).skip(1);
+    let opening = format!("<{mark}>\n");
+    let parts = user.split(&opening).skip(1);
     parts.filter_map(|part| Some(part.split_once(&format!("\n</{mark}>"))?.0.to_owned())).collect()
 }
 

@@ -316,7 +316,7 @@ impl Work<'_> {
 }
 
 fn prompt_of(ids: &[u32]) -> Prompt {
-    Prompt { ids: ids.to_vec(), text: String::new(), id: None, category: None, group: None, reference: None }
+    Prompt::new(ids.to_vec(), String::new(), Vec::new())
 }
 
 /// What a file of questions is called in a table.
