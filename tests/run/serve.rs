@@ -88,7 +88,7 @@ impl Server {
 
     fn wait(&mut self) -> ExitStatus {
         let begun = Instant::now();
-        while begun.elapsed() < Duration::from_secs(20) {
+        while begun.elapsed() < Duration::from_secs(60) {
             if let Some(status) = self.child.try_wait().expect("waited") {
                 return status;
             }
@@ -319,7 +319,7 @@ fn wrong_requests(server: &Server) {
     expect(with("model", json!("gpt-4")), 404, "(policy)");
     expect(with("temprature", json!(1)), 400, "did you mean temperature?");
     expect(with("presence_penalty", json!(1)), 400, "presence_penalty");
-    expect(with("prompt", json!("")), 400, "no tokens");
+    expect(with("prompt", json!([[]])), 400, "no tokens");
     expect(with("prompt", json!([99999])), 400, "outside the model's vocabulary of 3072");
     expect(with("max_tokens", json!(600)), 400, "max_tokens");
     let (status, message) = with("prompt", json!(vec![5; 512]));
@@ -412,12 +412,13 @@ fn nobody_holds_up_the_others() {
 #[test]
 fn a_stop_lets_answers_end_or_says_that_they_did_not() {
     let place = trained();
-    for (grace, answers) in [("15", 16), ("0", 256)] {
+    // a minute is far more than it takes, and on a busy machine enough
+    for (grace, answers) in [("60", 16), ("0", 256)] {
         let mut server = Server::start(&place, &["my", "--grace", grace]);
         let mut body = long();
         body["stream"] = true.into();
         body["n"] = answers.into();
-        body["max_tokens"] = 150.into();
+        body["max_tokens"] = 100.into();
         let mut stream = server.send("POST", COMPLETIONS, JSON, &body.to_string());
         // it has begun
         let mut begin = [0; 512];
@@ -425,7 +426,7 @@ fn a_stop_lets_answers_end_or_says_that_they_did_not() {
         server.signal();
         let mut rest = String::new();
         stream.read_to_string(&mut rest).expect("read");
-        assert_eq!(rest.contains("[DONE]"), grace == "15", "{grace}");
+        assert_eq!(rest.contains("[DONE]"), grace == "60", "{grace}");
         assert_eq!(rest.contains("server_stopping"), grace == "0", "{grace}");
         assert_eq!(server.wait().code(), Some(0));
         assert!(server.logged().contains("stopping: 1 requests"), "{}", server.logged());
