@@ -212,23 +212,25 @@ impl Chart {
         const LINE: f64 = 14.0;
         let placed = self.end_labels().filter_map(|(point, label, ink)| Some((place(point)?, label, ink)));
         // those of curves that end elsewhere have room beside their end
-        let (mut labels, early): (Vec<_>, Vec<_>) = placed.partition(|((x, _), ..)| *x > right - 40.0);
-        labels.sort_by(|a, b| a.0.1.total_cmp(&b.0.1));
-        let mut lowest = top - LINE + 4.0;
-        for ((_, y), ..) in &mut labels {
-            *y = y.max(lowest + LINE);
-            lowest = *y;
+        let (mut late, mut early): (Vec<_>, Vec<_>) = placed.partition(|((x, _), ..)| *x > right - 40.0);
+        for ((x, _), ..) in &mut late {
+            *x = right;
         }
-        let mut highest = bottom + LINE;
-        for ((_, y), ..) in labels.iter_mut().rev() {
-            *y = y.min(highest - LINE);
-            highest = *y;
-        }
-        for ((_, y), label, ink) in labels {
-            drawing.text((right + 8.0, y + 4.0), Anchor::Start, label, FONT, ink);
-        }
-        for ((x, y), label, ink) in early {
-            drawing.text((x + 8.0, y + 4.0), Anchor::Start, label, FONT, ink);
+        for labels in [&mut late, &mut early] {
+            labels.sort_by(|a, b| a.0.1.total_cmp(&b.0.1));
+            let mut lowest = top - LINE + 4.0;
+            for ((_, y), ..) in &mut *labels {
+                *y = y.max(lowest + LINE);
+                lowest = *y;
+            }
+            let mut highest = bottom + LINE;
+            for ((_, y), ..) in labels.iter_mut().rev() {
+                *y = y.min(highest - LINE);
+                highest = *y;
+            }
+            for ((x, y), label, ink) in &*labels {
+                drawing.text((x + 8.0, y + 4.0), Anchor::Start, label, FONT, *ink);
+            }
         }
     }
 }

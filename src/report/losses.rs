@@ -188,6 +188,7 @@ fn orpo() -> Result<(Chart, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::report::drawing::Item;
 
     /// The figures of the tutorial.
     #[test]
@@ -211,6 +212,11 @@ mod tests {
         for (chart, note) in pictures {
             let lines = chart.marks.iter().filter(|mark| matches!(mark, Mark::Line { .. })).count();
             assert!(lines > 0 && !note.is_empty(), "{}", chart.title);
+            for item in chart.clone().alone().draw().items {
+                if let Item::Text { text, .. } = item {
+                    assert!(text.chars().all(super::super::font::has), "{text}");
+                }
+            }
             let svg = chart.draw().svg(crate::report::drawing::Theme::File);
             assert!(!svg.contains("NaN"));
         }

@@ -119,7 +119,7 @@ mod tests {
     fn ticks_are_round_and_within() {
         assert_eq!(linear(0.0, 1.0, 5), (vec![0.0, 0.2, 0.4, 0.6, 0.8, 1.0], 0.2));
         assert_eq!(linear(-8.3, -1.0, 4).0, [-8.0, -6.0, -4.0, -2.0]);
-        assert_eq!(linear(-0.3, 0.31, 6).0, [-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3]);
+        assert_eq!(linear(-0.3, 0.31, 7).0, [-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3]);
         assert_eq!(linear(0.0, 48.0, 5).0, [0.0, 10.0, 20.0, 30.0, 40.0]);
         assert_eq!(linear(2.0, 2.0, 5).0, [2.0]);
         assert_eq!(linear(f64::NAN, 2.0, 5).0.len(), 1);
