@@ -133,7 +133,7 @@ fn dates_can_be_set() {
 #[test]
 fn a_running_run_says_so_and_a_killed_one_leaves_a_whole_report() {
     let place = Place::new();
-    let set = ["--set", "train.steps=100000", "--set", "eval.every=1"];
+    let set = ["--quiet", "--set", "train.steps=100000", "--set", "eval.every=1"];
     let mut child =
         place.command(&[&["run", "recipe.toml", "--out", "out"][..], &set].concat()).spawn().expect("started");
     let begun = Instant::now();
