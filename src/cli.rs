@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::bytes::Bytes;
+use crate::device::DeviceChoice;
 use crate::export::check::Consumer;
 use crate::quant::Quant;
 
@@ -157,6 +158,14 @@ fn share(text: &str) -> Result<f64, String> {
     number(text, "from 0 to 1", |x| (0.0..=1.0).contains(&x))
 }
 
+/// Where the model computes.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct Device {
+    /// Where the model computes: auto (a GPU if this binary can use one), cpu, cuda:0 ...
+    #[arg(long, default_value_t, value_name = "DEVICE")]
+    pub device: DeviceChoice,
+}
+
 /// Who answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Side {
@@ -192,6 +201,9 @@ pub struct Generate {
     #[expect(missing_docs, reason = "it becomes part of the help")]
     #[command(flatten)]
     pub decoding: Decoding,
+    #[expect(missing_docs, reason = "it becomes part of the help")]
+    #[command(flatten)]
+    pub device: Device,
     /// A JSON object a prompt.
     #[arg(long)]
     pub json: bool,
@@ -212,6 +224,9 @@ pub struct Chat {
     #[expect(missing_docs, reason = "it becomes part of the help")]
     #[command(flatten)]
     pub decoding: Decoding,
+    #[expect(missing_docs, reason = "it becomes part of the help")]
+    #[command(flatten)]
+    pub device: Device,
     /// No progress, only errors.
     #[arg(short, long)]
     pub quiet: bool,
@@ -350,6 +365,9 @@ pub struct Run {
     /// The run folder [default: runs/RECIPE-TIME].
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
+    /// Where the model computes, instead of `[run] device`: auto, cpu, cuda:0 ...
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<DeviceChoice>,
     /// Go on from the newest checkpoint of a run folder (of --out's, if none is named).
     #[arg(long, value_name = "RUN", num_args = 0..=1)]
     pub resume: Option<Option<PathBuf>>,
@@ -369,6 +387,9 @@ pub struct Plan {
     /// Change a value of the recipe; VALUE is TOML, paths belong to the working directory.
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     pub overrides: Vec<String>,
+    /// Where the model will compute, instead of `[run] device`: auto, cpu, cuda:0 ...
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<DeviceChoice>,
     /// Print the plan as JSON.
     #[arg(long)]
     pub json: bool,

@@ -139,6 +139,18 @@ impl Model {
         Ok(self)
     }
 
+    /// The same on `device`; see [`Decoder::to_device`].
+    ///
+    /// # Errors
+    /// What candle returns.
+    pub fn to_device(self, device: &candle_core::Device, resident: usize) -> candle_core::Result<Self> {
+        Ok(Self {
+            decoder: self.decoder.to_device(device, resident)?,
+            adapters: self.adapters.to_device(device)?,
+            reference: self.reference.map(|reference| reference.to_device(device)).transpose()?,
+        })
+    }
+
     /// The frozen base.
     #[must_use]
     pub fn decoder(&self) -> &Decoder {

@@ -400,7 +400,8 @@ fn assemble(config: DecoderConfig, from: &mut dyn Tensors) -> Result<Decoder, Mo
         true => embedding.clone(),
         false => from.matrix(Place::Head, [v, d], quant.of_embedding(d))?,
     };
-    Ok(Decoder { config, embedding, layers, norm, head })
+    let dtype = norm.dtype();
+    Ok(Decoder { config, embedding, layers, norm, head, dtype })
 }
 
 /// Takes a decoder's tensors out of a GGUF file.

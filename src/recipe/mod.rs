@@ -17,6 +17,7 @@ pub use resolved::{Inputs, Memory, Resolved};
 
 use crate::adapter::{AdapterConfig, peft};
 use crate::data::DataConfig;
+use crate::device::DeviceChoice;
 use crate::loss::Loss;
 use crate::model::{ModelConfig, Source};
 use crate::range::{Count, Share};
@@ -62,11 +63,13 @@ pub struct RunConfig {
     pub checkpoint_every: Option<Count>,
     /// How many checkpoints are kept, the newest.
     pub keep: Count,
+    /// Where the model computes.
+    pub device: DeviceChoice,
 }
 
 impl Default for RunConfig {
     fn default() -> Self {
-        Self { out: None, checkpoint_every: None, keep: Count::constant(2) }
+        Self { out: None, checkpoint_every: None, keep: Count::constant(2), device: DeviceChoice::Auto }
     }
 }
 

@@ -136,6 +136,17 @@ pub struct Progress {
     pub reference: Reference,
 }
 
+impl Progress {
+    /// The same on `device`.
+    ///
+    /// # Errors
+    /// What candle returns.
+    pub fn to_device(mut self, device: &candle_core::Device) -> candle_core::Result<Self> {
+        self.optimizer = self.optimizer.to_device(device)?;
+        Ok(self)
+    }
+}
+
 impl<'d> Trainer<'d> {
     /// A trainer before its first update.
     ///
