@@ -397,3 +397,20 @@ pub struct Plan {
     #[arg(short, long)]
     pub quiet: bool,
 }
+
+/// What `--set` gives, and `--device` as one more of them.
+fn overrides(set: &[String], device: Option<DeviceChoice>) -> Vec<String> {
+    set.iter().cloned().chain(device.map(|device| format!("run.device=\"{device}\""))).collect()
+}
+
+impl Run {
+    pub(crate) fn overrides(&self) -> Vec<String> {
+        overrides(&self.overrides, self.device)
+    }
+}
+
+impl Plan {
+    pub(crate) fn overrides(&self) -> Vec<String> {
+        overrides(&self.overrides, self.device)
+    }
+}

@@ -172,5 +172,5 @@ pub(super) fn load(
     let model = Model::new(decoder, trained.adapters).map_err(candle)?;
     // what decoding reads most is the weights: in bf16 where there is room
     let resident = chosen.free.map_or(0, |free| free / 2);
-    Ok((model.to_device(&chosen.device, resident).map_err(candle)?, codec))
+    Ok((model.to_device(&chosen.device, chosen.dtype(), resident).map_err(candle)?, codec))
 }

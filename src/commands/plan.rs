@@ -36,9 +36,9 @@ pub fn plan(arguments: &cli::Plan) -> Result<(), Failure> {
     let console = Console::new(arguments.quiet);
     let here = std::env::current_dir();
     let here = here.map_err(|e| Failure::Request(miette!("there is no working directory: {e}")))?;
-    let parsed = recipe::load(&arguments.recipe, &arguments.overrides, &here).map_err(request)?;
+    let parsed = recipe::load(&arguments.recipe, &arguments.overrides(), &here).map_err(request)?;
     console.fact("recipe", arguments.recipe.display());
-    let setup = Setup::read(parsed, arguments.device, &console)?;
+    let setup = Setup::read(parsed, &console)?;
     let out = setup.parsed.recipe.run.out.clone().unwrap_or_else(|| here.join("runs"));
     let resolved = setup.resolve(&out)?;
     let report = Report::new(&setup, &resolved, product_rate());

@@ -9,7 +9,7 @@ use thiserror::Error;
 use super::{Failure, failed, request};
 use crate::adapter::{AdapterConfig, AdapterError, InitialWeights, LoraConfig, peft};
 use crate::data::{self, Codec, DataError, Dataset, Wanted};
-use crate::device::{self, Chosen, DeviceChoice, DeviceError};
+use crate::device::{self, Chosen, DeviceError};
 use crate::hub::{Cause, Hub};
 use crate::machine;
 use crate::model::memory::Rows;
@@ -46,18 +46,8 @@ struct TokenOutside {
 }
 
 impl Setup {
-    /// `device` takes the place of what the recipe says.
-    pub(super) fn read(
-        mut parsed: Parsed,
-        device: Option<DeviceChoice>,
-        console: &Console,
-    ) -> Result<Self, Failure> {
-        let own = parsed.recipe.run.device;
-        parsed.recipe.run.device = device.unwrap_or(own);
-        let chosen = device::choose(parsed.recipe.run.device).map_err(|error| match device {
-            Some(_) => request(error),
-            None => request(in_run(&error, &parsed)),
-        })?;
+    pub(super) fn read(parsed: Parsed, console: &Console) -> Result<Self, Failure> {
+        let chosen = device::choose(parsed.recipe.run.device).map_err(|error| request(in_run(&error, &parsed)))?;
         console.fact("device", &chosen.reason);
         let recipe = &parsed.recipe;
         let base = Base::locate(&recipe.model, Hub::from_env, console).map_err(|e| in_recipe(e, &parsed))?;

@@ -176,25 +176,24 @@ impl Decoder {
         Ok(merged)
     }
 
-    /// The same decoder on a GPU, where it computes in bf16: embedding, head and as many layers as `resident` bytes take
+    /// The same decoder on a GPU, where it computes in `dtype`, bf16 or f32: embedding, head and as many layers as `resident` bytes take
     /// dequantized, the others in their blocks. On the CPU it stays as it is.
     ///
     /// # Errors
     /// What candle returns.
     #[cfg_attr(not(feature = "cuda"), expect(unused_mut, unused_variables, reason = "there is only the CPU"))]
-    pub fn to_device(mut self, device: &Device, resident: usize) -> Result<Self> {
+    pub fn to_device(mut self, device: &Device, dtype: DType, resident: usize) -> Result<Self> {
         #[cfg(feature = "cuda")]
         if device.is_cuda() {
-            self.to_gpu(device, resident)?;
+            self.to_gpu(device, dtype, resident)?;
         }
         Ok(self)
     }
 
     #[cfg(feature = "cuda")]
-    fn to_gpu(&mut self, device: &Device, mut resident: usize) -> Result<()> {
+    fn to_gpu(&mut self, device: &Device, dtype: DType, mut resident: usize) -> Result<()> {
         use crate::ops::cuda::weight::{Recent, Resident};
-        const ELEMENT: DType = DType::BF16;
-        let dense = |weight: &Weight| weight.dense(DType::F32)?.to_dtype(ELEMENT)?.to_device(device).map(Weight::Dense);
+        let dense = |weight: &Weight| weight.dense(DType::F32)?.to_dtype(dtype)?.to_device(device).map(Weight::Dense);
         let vector = |tensor: &mut Tensor| {
             *tensor = tensor.to_dtype(DType::F32)?.to_device(device)?;
             Ok::<_, candle_core::Error>(())
@@ -204,14 +203,14 @@ impl Decoder {
         let recent = Recent::new(of_layer);
         // from the last on: those are needed again first
         for layer in self.layers.iter_mut().rev() {
-            let bytes = of_layer * ELEMENT.size_in_bytes();
+            let bytes = of_layer * dtype.size_in_bytes();
             let stays = bytes <= resident;
             let mut in_blocks = false;
             for linear in &mut layer.projections {
                 linear.weight = match Resident::new(&linear.weight, device, &recent)? {
                     Some(blocks) if stays => {
                         in_blocks = true;
-                        Weight::Dense(blocks.dense(ELEMENT)?)
+                        Weight::Dense(blocks.dense(dtype)?)
                     }
                     Some(blocks) => Weight::OnDevice(blocks),
                     None => dense(&linear.weight)?,
@@ -227,7 +226,7 @@ impl Decoder {
         vector(&mut self.norm)?;
         self.embedding = dense(&self.embedding)?;
         self.head = if self.config.tie_word_embeddings { self.embedding.clone() } else { dense(&self.head)? };
-        self.dtype = ELEMENT;
+        self.dtype = dtype;
         Ok(())
     }
 

@@ -78,7 +78,7 @@ pub(super) fn prepare(arguments: &cli::Run, console: &Console) -> Result<Prepare
         (Some(run), None) => run.resolved_recipe(),
         (None, None) => return Err(request(RequestError::NoRecipe)),
     };
-    let mut parsed = recipe::load(&path, &arguments.overrides, &working_directory).map_err(request)?;
+    let mut parsed = recipe::load(&path, &arguments.overrides(), &working_directory).map_err(request)?;
     if let Some(folder) = &resumed {
         keep_memory(&mut parsed, folder)?;
     }
@@ -94,7 +94,7 @@ pub(super) fn prepare(arguments: &cli::Run, console: &Console) -> Result<Prepare
         }
     };
 
-    let setup = Setup::read(parsed, arguments.device, console)?;
+    let setup = Setup::read(parsed, console)?;
     let resolved = setup.resolve(&out)?;
     resolved.memory.check(&setup.parsed).map_err(request)?;
     let expected_memory = setup.forecast(&resolved).inventory.total();
@@ -187,7 +187,7 @@ pub(super) fn prepare(arguments: &cli::Run, console: &Console) -> Result<Prepare
     }
     // what the run does not need of a GPU holds layers dequantized
     let spare = device.free.map_or(0, |free| (free - free / 16).saturating_sub(resolved.memory.choice.at_most.total()));
-    let model = model.to_device(&device.device, spare).map_err(candle)?;
+    let model = model.to_device(&device.device, device.dtype(), spare).map_err(candle)?;
     let resumed = match resumed {
         Some((state, progress)) => Some((state, progress.to_device(&device.device).map_err(candle)?)),
         None => None,
