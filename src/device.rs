@@ -199,7 +199,7 @@ fn open(choice: DeviceChoice, number: usize) -> Result<Chosen, DeviceError> {
 #[must_use]
 pub fn out_of_memory(error: &candle_core::Error) -> Option<&'static str> {
     error.to_string().contains("OUT_OF_MEMORY").then_some(
-        "the GPU's memory is full: lower [train] micro_batch_tokens, then [data] max_length; or keep the base in fewer bits \
+        "`memory` above says what was planned: lower [train] micro_batch_tokens, then [data] max_length; or keep the base in fewer bits \
          ([model] quant = \"nf4\"); another program may hold some of it, see `nvidia-smi`",
     )
 }

@@ -444,7 +444,7 @@ fn sum_of_products<const N: usize>(
             };
             let mut dx = match weight {
                 Weight::Dense(weight) => product(mat::<T>(first)?.get(), mat(weight)?.get()),
-                Weight::Quantized(_) => {
+                _ => {
                     let mut dx = vec![T::of(0.0); rows * columns];
                     onto(&mut dx, first, weight)?;
                     dx

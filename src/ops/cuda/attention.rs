@@ -268,13 +268,12 @@ pub(crate) fn backward(
             wave.each(|block, i, [queries, keys, columns]| {
                 let (first, head, apart) = (wave.first, wave.first_query_head() + i, wave.shared());
                 let (weights, d_scores) = (wave.scores(&weights, block, i), wave.scores(&d_scores, block, i));
-                let at = |x: Matrix<'_>| x.at(block.queries.start, head, apart);
                 let k = k.at(block.keys.start, first, 1);
                 let (onto_k, onto_v) = (of_k.at(block.keys.start, first, 1), of_v.at(block.keys.start, first, 1));
                 let count = wave.count;
-                gemm([queries, columns, keys], d_scores, k, at(of_q), count, 1.0, Onto::Nothing)?;
-                gemm([keys, columns, queries], d_scores.t(), at(q), onto_k, count, 1.0, Onto::Existing)?;
-                gemm([keys, columns, queries], weights.t(), at(d_out), onto_v, count, 1.0, Onto::Existing)
+                gemm([queries, columns, keys], d_scores, k, of_q.at(block.queries.start, head, apart), count, 1.0, Onto::Nothing)?;
+                gemm([keys, columns, queries], d_scores.t(), q.at(block.queries.start, head, apart), onto_k, count, 1.0, Onto::Existing)?;
+                gemm([keys, columns, queries], weights.t(), d_out.at(block.queries.start, head, apart), onto_v, count, 1.0, Onto::Existing)
             })?;
         }
     }

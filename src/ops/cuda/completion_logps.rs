@@ -7,15 +7,10 @@ use super::weight::matrix;
 use crate::ops::completion_logps::{Head, TokenScore, Want};
 use crate::ops::dims2;
 
-/// Rows whose logits are held at once.
+/// Rows whose logits are held at once; `model/memory.rs` counts on it.
 const CHUNK: usize = 512;
 /// Threads of a row of logits.
 const THREADS: u32 = 512;
-
-/// Bytes of logits and of what is made of them, for a vocabulary and elements of `bytes`.
-pub(crate) fn scratch_bytes(vocabulary: usize, bytes: usize) -> usize {
-    CHUNK * vocabulary * (size_of::<f32>() + bytes)
-}
 
 pub(crate) fn score(
     hidden: &Tensor,

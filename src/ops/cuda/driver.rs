@@ -22,13 +22,13 @@ macro_rules! modules {
     ($($name:ident),*) => {
         $(
             #[expect(non_upper_case_globals, reason = "named as the file")]
-            pub(super) const $name: Module = Module {
+            pub(in crate::ops::cuda) const $name: Module = Module {
                 name: concat!("dpo-lora-", stringify!($name)),
                 ptx: include_str!(concat!(env!("OUT_DIR"), "/", stringify!($name), ".ptx")),
             };
         )*
         /// All files of kernels.
-        pub(super) const MODULES: &[Module] = &[$($name),*];
+        pub(in crate::ops::cuda) const MODULES: &[Module] = &[$($name),*];
     };
 }
 
