@@ -19,7 +19,7 @@
 //!
 //! Each has a composed form out of plain candle operations, which runs on any device, and a CPU kernel in `cpu`,
 //! which is what a CPU tensor takes. The tests hold the two to each other and both to finite differences in f64. With the
-//! feature `cuda` there are kernels for NVIDIA's GPUs too, in bf16 and f32; `examples/gpu_check.rs` holds those to the CPU's.
+//! feature `cuda` there are kernels for NVIDIA's GPUs too, in bf16 and f32; `src/bin/gpu_check` holds those to the CPU's.
 //!
 //! Shape letters: `T` rows (tokens of a packed batch), `D` hidden size, `H` query heads, `K` key/value heads, `E`
 //! head dimension, `F` MLP width, `V` vocabulary, `R` rank, `S` scored rows. Matrices are `[rows, columns]`, row-major.

@@ -2,7 +2,7 @@
 //! the CUDA kernels is here.
 //!
 //! Everything goes to one stream, in order, so nothing has to be waited for but what the host reads. Sizes are checked on
-//! this side of a launch; that a launch fits its kernel's parameters is held by `examples/gpu_check.rs`, which runs every
+//! this side of a launch; that a launch fits its kernel's parameters is held by `src/bin/gpu_check`, which runs every
 //! kernel against the CPU.
 
 use candle_core::cuda_backend::cudarc::cublas::sys as blas;

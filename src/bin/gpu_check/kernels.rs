@@ -24,7 +24,7 @@ use super::{Check, tolerance};
 
 const TYPES: [DType; 2] = [DType::F32, DType::BF16];
 
-pub fn all(check: &mut Check) -> Result<()> {
+pub(crate) fn all(check: &mut Check) -> Result<()> {
     for dtype in TYPES {
         with_poison(|| -> Result<()> {
             norms(check, dtype)?;

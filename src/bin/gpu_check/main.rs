@@ -21,7 +21,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 
 /// What was compared, by how much it differs, and by how much it may.
 #[derive(Debug)]
-pub struct Line {
+pub(crate) struct Line {
     what: String,
     found: f64,
     most: f64,
@@ -29,7 +29,7 @@ pub struct Line {
 
 /// The lines of the table, and the random numbers.
 #[derive(Debug)]
-pub struct Check {
+pub(crate) struct Check {
     device: Device,
     rng: ChaCha8Rng,
     lines: Vec<Line>,
@@ -39,7 +39,7 @@ pub struct Check {
 
 impl Check {
     /// Standard normal numbers on the CPU, in f64 but such that `dtype` has them.
-    pub fn normal(&mut self, shape: impl Into<candle_core::Shape>, dtype: DType) -> Result<Tensor> {
+    pub(crate) fn normal(&mut self, shape: impl Into<candle_core::Shape>, dtype: DType) -> Result<Tensor> {
         let shape = shape.into();
         let mut uniform = || (self.rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
         let values: Vec<f64> = (0..shape.elem_count())
@@ -49,12 +49,12 @@ impl Check {
     }
 
     /// A tensor on the GPU, in `dtype`.
-    pub fn there(&self, tensor: &Tensor, dtype: DType) -> Result<Tensor> {
+    pub(crate) fn there(&self, tensor: &Tensor, dtype: DType) -> Result<Tensor> {
         tensor.to_dtype(dtype)?.to_device(&self.device)
     }
 
     /// Notes how far `found`, of the GPU, is from `right`: the norm of the difference over the norm.
-    pub fn compare(&mut self, what: impl Into<String>, found: &Tensor, right: &Tensor, most: f64) -> Result<()> {
+    pub(crate) fn compare(&mut self, what: impl Into<String>, found: &Tensor, right: &Tensor, most: f64) -> Result<()> {
         let what = what.into();
         let found = found.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?;
         let right = right.to_dtype(DType::F64)?.flatten_all()?;
@@ -66,7 +66,7 @@ impl Check {
     }
 
     /// Notes a number that may be `most`.
-    pub fn note(&mut self, what: impl Into<String>, found: f64, most: f64) {
+    pub(crate) fn note(&mut self, what: impl Into<String>, found: f64, most: f64) {
         let line = Line { what: what.into(), found, most };
         if !line.holds() {
             eprintln!("  {} differs by {:.2e}, more than {:.0e}", line.what, line.found, line.most);

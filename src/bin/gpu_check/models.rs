@@ -33,7 +33,7 @@ const RECIPE: &str = "recipes/quickstart.toml";
 
 /// The quickstart's model, with adapters that are not zero: log-probs and gradients in f32 and in bf16, of a base as it is
 /// and of quantized ones, with everything kept and with everything computed again.
-pub fn gradients(check: &mut Check) -> Outcome {
+pub(crate) fn gradients(check: &mut Check) -> Outcome {
     let recipe = PathBuf::from(check.recipe.clone().unwrap_or_else(|| RECIPE.to_owned()));
     let source = recipe.parent().unwrap_or(Path::new(".")).join("quickstart/model");
     let source = source.canonicalize().map_err(|e| format!("{}: {e}", source.display()))?;
@@ -107,19 +107,25 @@ fn both(model: &Model, batch: &Packed, slopes: &[f64], saved: &[Saved]) -> Outco
 }
 
 /// A recipe on the CPU and on the GPU: the same loss, update by update, and the same held-out numbers.
-pub fn recipe(check: &mut Check) -> Outcome {
+pub(crate) fn recipe(check: &mut Check) -> Outcome {
     let recipe = PathBuf::from(check.recipe.clone().unwrap_or_else(|| RECIPE.to_owned()));
-    let folder = tempfile::tempdir().map_err(text)?;
+    let folder = std::env::temp_dir().join(format!("gpu_check-{}", std::process::id()));
+    let outcome = on_both(check, &recipe, &folder);
+    let _ = std::fs::remove_dir_all(&folder);
+    outcome
+}
+
+fn on_both(check: &mut Check, recipe: &Path, folder: &Path) -> Outcome {
     let mut lines = Vec::new();
     for device in [DeviceChoice::Cpu, DeviceChoice::Cuda(0)] {
-        let out = folder.path().join(device.to_string().replace(':', ""));
+        let out = folder.join(device.to_string().replace(':', ""));
         let mut overrides = vec!["reference.cache=\"run\"".to_owned()];
         if check.small {
             let few = ["train.steps=3", "train.batch_size=2", "eval.samples=1", "eval.max_new_tokens=4"];
             overrides.extend(few.map(str::to_owned));
         }
         let run = cli::Run {
-            recipe: Some(recipe.clone()),
+            recipe: Some(recipe.to_owned()),
             overrides,
             out: Some(out.clone()),
             resume: None,
@@ -154,7 +160,7 @@ pub fn recipe(check: &mut Check) -> Outcome {
 }
 
 /// Ten updates of models of random weights: time, work and memory.
-pub fn shapes(check: &mut Check) -> Outcome {
+pub(crate) fn shapes(check: &mut Check) -> Outcome {
     let llama = |hidden: usize, layers: usize, heads: usize, keys: usize, inner: usize, vocabulary: usize, tied: bool| {
         json!({
             "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
