@@ -20,7 +20,9 @@ fn main() {
     let nvcc = nvcc();
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
     let kernels = fs::read_dir(KERNELS).expect("the kernels are beside their ops");
-    for source in kernels.map(|entry| entry.expect("readable").path()).filter(|path| path.extension() == Some("cu".as_ref())) {
+    for source in
+        kernels.map(|entry| entry.expect("readable").path()).filter(|path| path.extension() == Some("cu".as_ref()))
+    {
         let target = out.join(source.file_name().expect("it has one")).with_extension("ptx");
         compile(&nvcc, &source, &target);
     }

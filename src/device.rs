@@ -30,7 +30,9 @@ impl FromStr for DeviceChoice {
             "cuda" => Ok(Self::Cuda(0)),
             _ => {
                 let number = text.strip_prefix("cuda:").and_then(|number| number.parse().ok());
-                number.map(Self::Cuda).ok_or_else(|| "a device is \"auto\", \"cpu\", or \"cuda:0\" and so on".to_owned())
+                number
+                    .map(Self::Cuda)
+                    .ok_or_else(|| "a device is \"auto\", \"cpu\", or \"cuda:0\" and so on".to_owned())
             }
         }
     }

@@ -114,7 +114,11 @@ impl Shape {
             }
             ranks
         };
-        Self { decoder: decoder.clone(), ranks: ranks.chunks(decoder.projections().len()).map(layer).collect(), on_gpu: false }
+        Self {
+            decoder: decoder.clone(),
+            ranks: ranks.chunks(decoder.projections().len()).map(layer).collect(),
+            on_gpu: false,
+        }
     }
 
     /// Bytes of an element.

@@ -147,7 +147,9 @@ pub fn backward(
     match form(q) {
         Form::Cpu => return cpu::attention::backward(d_output, q, k, v, saved, heads, segments),
         #[cfg(feature = "cuda")]
-        Form::Cuda if cuda::attention::takes(segments) => return cuda::attention::backward(d_output, q, k, v, saved, heads, segments),
+        Form::Cuda if cuda::attention::takes(segments) => {
+            return cuda::attention::backward(d_output, q, k, v, saved, heads, segments);
+        }
         _ => {}
     }
     let (mut dq, mut dk, mut dv) = (q.zeros_like()?, k.zeros_like()?, v.zeros_like()?);

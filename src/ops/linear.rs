@@ -11,9 +11,9 @@ use super::cpu::few::{self, FEW};
 use super::cpu::gemm::{Matrix, Onto, Threads, gemm, product};
 use super::cpu::weight::{Rows, panels};
 use super::cpu::{Real, Values, filled, for_real, tensor, values};
-use super::dropout::{self, Dropout};
 #[cfg(feature = "cuda")]
 use super::cuda::linear::{self as cuda, Narrow};
+use super::dropout::{self, Dropout};
 #[cfg(feature = "cuda")]
 use super::{Form, form};
 use super::{dims2, has_kernel};

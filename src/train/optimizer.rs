@@ -130,14 +130,12 @@ impl AdamW {
             starts[i] = end;
             end += tensors[i].elem_count();
         }
-        let part = |flat: &Tensor, i: usize| {
-            flat.narrow(0, starts[i], tensors[i].elem_count())?.reshape(tensors[i].shape())
-        };
+        let part =
+            |flat: &Tensor, i: usize| flat.narrow(0, starts[i], tensors[i].elem_count())?.reshape(tensors[i].shape());
         let moments = match self.flat.take() {
             Some(flat) => flat,
             None => {
-                let both =
-                    [flat(&|i| self.moments[i].first.clone())?, flat(&|i| self.moments[i].second.clone())?];
+                let both = [flat(&|i| self.moments[i].first.clone())?, flat(&|i| self.moments[i].second.clone())?];
                 let parts = |i| Ok(Moments { first: part(&both[0], i)?, second: part(&both[1], i)? });
                 self.moments = (0..tensors.len()).map(parts).collect::<Result<_>>()?;
                 both

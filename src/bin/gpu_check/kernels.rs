@@ -46,10 +46,17 @@ fn name(what: &str, dtype: DType) -> String {
 
 fn norms(check: &mut Check, dtype: DType) -> Result<()> {
     // heads, a width that is no multiple of a packet, one that a block takes, one that it goes through twice
-    let shapes = if check.small { [(37, 64), (5, 37), (3, 1032), (2, 4096)] } else { [(4100, 128), (511, 1001), (2050, 4096), (513, 8192)] };
+    let shapes = if check.small {
+        [(37, 64), (5, 37), (3, 1032), (2, 4096)]
+    } else {
+        [(4100, 128), (511, 1001), (2050, 4096), (513, 8192)]
+    };
     for (count, width) in shapes {
-        let (x, dy, onto) =
-            (check.normal((count, width), dtype)?, check.normal((count, width), dtype)?, check.normal((count, width), dtype)?);
+        let (x, dy, onto) = (
+            check.normal((count, width), dtype)?,
+            check.normal((count, width), dtype)?,
+            check.normal((count, width), dtype)?,
+        );
         let weight = check.normal(width, DType::F32)?;
         let (y, rho) = norm::forward(&x, &weight, 1e-5)?;
         let dx = norm::backward(&dy, &x, &weight, &rho, None)?;
@@ -73,7 +80,8 @@ fn ropes(check: &mut Check, dtype: DType) -> Result<()> {
     for (half, q_heads, k_heads) in [(64, 4, 1), (5, 3, 3)] {
         let frequencies: Vec<f32> = (0..half).map(|i| 1e4f32.powf(-(i as f32) / half as f32)).collect();
         let positions: Vec<u32> = (0..rows as u32).map(|i| i * 7 % 1000).collect();
-        let (q, k) = (check.normal((rows, q_heads * 2 * half), dtype)?, check.normal((rows, k_heads * 2 * half), dtype)?);
+        let (q, k) =
+            (check.normal((rows, q_heads * 2 * half), dtype)?, check.normal((rows, k_heads * 2 * half), dtype)?);
         let angles = |dtype, device: &Device| Angles::new(|_| &frequencies, &positions, 1.1, dtype, device);
         let (here, there) = (angles(DType::F64, &Device::Cpu)?, angles(DType::F32, &check.device)?);
         let (gq, gk) = (check.there(&q, dtype)?, check.there(&k, dtype)?);
@@ -81,10 +89,20 @@ fn ropes(check: &mut Check, dtype: DType) -> Result<()> {
             let right = rope::turn_both([&q, &k], [&here, &here], way)?;
             let found = rope::turn_both([&gq, &gk], [&there, &there], way)?;
             for (which, (found, right)) in ["q", "k"].into_iter().zip(found.iter().zip(&right)) {
-                check.compare(name(&format!("rope {of} of {which}, heads of {}", 2 * half), dtype), found, right, tolerance(dtype))?;
+                check.compare(
+                    name(&format!("rope {of} of {which}, heads of {}", 2 * half), dtype),
+                    found,
+                    right,
+                    tolerance(dtype),
+                )?;
             }
             let single = rope::turn(&gk, &there, way)?;
-            check.compare(name(&format!("rope {of} alone, heads of {}", 2 * half), dtype), &single, &right[1], tolerance(dtype))?;
+            check.compare(
+                name(&format!("rope {of} alone, heads of {}", 2 * half), dtype),
+                &single,
+                &right[1],
+                tolerance(dtype),
+            )?;
         }
     }
     Ok(())
@@ -92,8 +110,9 @@ fn ropes(check: &mut Check, dtype: DType) -> Result<()> {
 
 fn glus(check: &mut Check, dtype: DType) -> Result<()> {
     let shapes = if check.small { [(7, 264), (5, 33)] } else { [(1025, 14336), (511, 1003)] };
-    for (shape, (activation, of)) in
-        shapes.into_iter().flat_map(|shape| [(shape, (Activation::Silu, "SwiGLU")), (shape, (Activation::GeluTanh, "GeGLU"))])
+    for (shape, (activation, of)) in shapes
+        .into_iter()
+        .flat_map(|shape| [(shape, (Activation::Silu, "SwiGLU")), (shape, (Activation::GeluTanh, "GeGLU"))])
     {
         let [gate, up, dh] = [0; 3].map(|_| check.normal(shape, dtype));
         let (gate, up, dh) = (gate?, up?, dh?);
@@ -163,7 +182,11 @@ fn attentions(check: &mut Check, dtype: DType) -> Result<()> {
 
 fn heads(check: &mut Check, dtype: DType) -> Result<()> {
     // more rows than are held at once, and a vocabulary that is no multiple of a packet
-    let cases = if check.small { [(9, 40, 301, None), (5, 24, 512, Some(1.5))] } else { [(1100, 512, 32003, None), (513, 256, 50304, Some(4.0))] };
+    let cases = if check.small {
+        [(9, 40, 301, None), (5, 24, 512, Some(1.5))]
+    } else {
+        [(1100, 512, 32003, None), (513, 256, 50304, Some(4.0))]
+    };
     for (count, width, vocabulary, softcap) in cases {
         let hidden = check.normal((count, width), dtype)?;
         let weight = (check.normal((vocabulary, width), dtype)? * 0.25)?;
@@ -171,24 +194,37 @@ fn heads(check: &mut Check, dtype: DType) -> Result<()> {
         let slopes = check.normal(count, DType::F32)?.to_vec1::<f64>()?;
         let (there, gweight) = (check.there(&hidden, dtype)?, check.there(&weight, dtype)?);
         let (weight, gweight) = (Weight::Dense(weight), Weight::Dense(gweight));
-        let (right, u) = completion_logps::score(&hidden, Head { weight: &weight, softcap }, &targets, Want::Gradient)?;
+        let (right, u) =
+            completion_logps::score(&hidden, Head { weight: &weight, softcap }, &targets, Want::Gradient)?;
         let head = Head { weight: &gweight, softcap };
         let (found, gu) = completion_logps::score(&there, head, &targets, Want::Gradient)?;
         let (alone, _) = completion_logps::score(&there, head, &targets, Want::Scores)?;
         let what = |part: &str| name(&format!("head {part} [{count}, {vocabulary}]"), dtype);
-        let column = |of: &dyn Fn(usize) -> f64| Tensor::from_vec((0..count).map(of).collect::<Vec<_>>(), count, &Device::Cpu);
+        let column =
+            |of: &dyn Fn(usize) -> f64| Tensor::from_vec((0..count).map(of).collect::<Vec<_>>(), count, &Device::Cpu);
         // logits are f32 sums of the same products whatever the elements
         let most = tolerance(DType::F32);
         check.compare(what("log-prob"), &column(&|i| found[i].logp)?, &column(&|i| right[i].logp)?, most)?;
         check.compare(what("log-prob alone"), &column(&|i| alone[i].logp)?, &column(&|i| right[i].logp)?, most)?;
-        check.compare(what("entropy"), &column(&|i| found[i].entropy)?, &column(&|i| right[i].entropy)?, 10.0 * most)?;
+        check.compare(
+            what("entropy"),
+            &column(&|i| found[i].entropy)?,
+            &column(&|i| right[i].entropy)?,
+            10.0 * most,
+        )?;
         // means nearly cancel
-        check.compare(what("mean logit"), &column(&|i| found[i].mean_logit)?, &column(&|i| right[i].mean_logit)?, 1e-3)?;
+        check.compare(
+            what("mean logit"),
+            &column(&|i| found[i].mean_logit)?,
+            &column(&|i| right[i].mean_logit)?,
+            1e-3,
+        )?;
         let tops = found.iter().zip(&right).filter(|(a, b)| a.top1 != b.top1).count();
         check.note(what("top 1"), tops as f64 / count as f64, 0.0);
         if let (Some(u), Some(gu)) = (u, gu) {
             check.compare(what("U"), &gu, &u, tolerance(dtype))?;
-            let (right, found) = (completion_logps::backward(&u, &slopes)?, completion_logps::backward(&gu, &slopes)?);
+            let (right, found) =
+                (completion_logps::backward(&u, &slopes)?, completion_logps::backward(&gu, &slopes)?);
             check.compare(what("backward"), &found, &right, tolerance(dtype))?;
         }
     }
@@ -221,7 +257,12 @@ fn blocks(check: &mut Check, dtype: DType) -> Result<()> {
             check.compare(name(&format!("{label}{order}"), dtype), &resident.dense(dtype)?, &right, most)?;
             let ids = [7, 0, 23, 7];
             let right = weight.gather(&ids, DType::F32)?;
-            check.compare(name(&format!("{label} by rows{order}"), dtype), &resident.gather(&ids, dtype)?, &right, most)?;
+            check.compare(
+                name(&format!("{label} by rows{order}"), dtype),
+                &resident.gather(&ids, dtype)?,
+                &right,
+                most,
+            )?;
         }
     }
     Ok(())
@@ -245,7 +286,12 @@ fn linears(check: &mut Check, dtype: DType) -> Result<()> {
     }
     for (kind, probability) in [("", 0.0), (" under dropout", 0.25)] {
         let dropout = (probability > 0.0).then(|| Dropout { probability, key: 5, rows: &row_keys });
-        let run = |x: &Tensor, dys: &[Tensor], weights: &[Weight], pairs: &[(Tensor, Tensor)], bias: &Tensor, onto: &Tensor| {
+        let run = |x: &Tensor,
+                   dys: &[Tensor],
+                   weights: &[Weight],
+                   pairs: &[(Tensor, Tensor)],
+                   bias: &Tensor,
+                   onto: &Tensor| {
             let update = |i: usize, scale| {
                 let (a, b): &(Tensor, Tensor) = &pairs[i];
                 Some(LowRank { a, b, scale, dropout, magnitude: None })
@@ -304,7 +350,8 @@ fn optimizers(check: &mut Check) -> Result<()> {
     let wrapped = |error: String| candle_core::Error::Msg(error);
     let config = family::from_json(Path::new("config.json"), config).map_err(|e| wrapped(e.to_string()))?;
     let lora = LoraConfig { rank: 3, ..LoraConfig::default() };
-    let mut here = adapter::new(&lora, &config.modules(), 1, DType::F32, &Device::Cpu).map_err(|e| wrapped(e.to_string()))?;
+    let mut here =
+        adapter::new(&lora, &config.modules(), 1, DType::F32, &Device::Cpu).map_err(|e| wrapped(e.to_string()))?;
     let mut there = here.clone().to_device(&check.device)?;
     let (mut one, mut two) = (AdamW::new(&here)?, AdamW::new(&there)?);
     for step in 0..4 {
@@ -323,10 +370,12 @@ fn optimizers(check: &mut Check) -> Result<()> {
         there.replace(updated)?;
     }
     let flat = |tensors: Vec<Tensor>| {
-        let flat = tensors.iter().map(|tensor| tensor.to_device(&Device::Cpu)?.flatten_all()).collect::<Result<Vec<_>>>()?;
+        let flat =
+            tensors.iter().map(|tensor| tensor.to_device(&Device::Cpu)?.flatten_all()).collect::<Result<Vec<_>>>()?;
         Tensor::cat(&flat, 0)
     };
-    let parameters = |adapters: &adapter::Adapters| flat(adapters.tensors().map(|(_, tensor)| tensor.clone()).collect());
+    let parameters =
+        |adapters: &adapter::Adapters| flat(adapters.tensors().map(|(_, tensor)| tensor.clone()).collect());
     check.compare("AdamW, parameters", &parameters(&there)?, &parameters(&here)?, 1e-5)?;
     let firsts = |adamw: &AdamW| flat(adamw.moments().iter().map(|m| m.first.clone()).collect());
     let seconds = |adamw: &AdamW| flat(adamw.moments().iter().map(|m| m.second.clone()).collect());

@@ -54,7 +54,13 @@ impl Check {
     }
 
     /// Notes how far `found`, of the GPU, is from `right`: the norm of the difference over the norm.
-    pub(crate) fn compare(&mut self, what: impl Into<String>, found: &Tensor, right: &Tensor, most: f64) -> Result<()> {
+    pub(crate) fn compare(
+        &mut self,
+        what: impl Into<String>,
+        found: &Tensor,
+        right: &Tensor,
+        most: f64,
+    ) -> Result<()> {
         let what = what.into();
         let found = found.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?;
         let right = right.to_dtype(DType::F64)?.flatten_all()?;
@@ -99,7 +105,9 @@ fn main() -> ExitCode {
             ("--recipe", rest) => recipe = rest.next(),
             ("--skip", rest) => skipped.extend(rest.next()),
             _ => {
-                eprintln!("gpu_check [--small] [--seed N] [--recipe FILE] [--skip kernels|gradients|recipe|shapes]...");
+                eprintln!(
+                    "gpu_check [--small] [--seed N] [--recipe FILE] [--skip kernels|gradients|recipe|shapes]..."
+                );
                 return ExitCode::from(2);
             }
         }

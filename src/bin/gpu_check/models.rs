@@ -46,7 +46,8 @@ pub(crate) fn gradients(check: &mut Check) -> Outcome {
         let (decoder, _) = base.load(decoder, &Console::silent()).map_err(text)?;
         let adapters = random_adapters(check, &decoder)?;
         let vocabulary = decoder.config().vocab_size;
-        let lengths = if check.small { vec![(5, 4, 7), (3, 6, 2)] } else { vec![(60, 80, 50), (9, 200, 130), (100, 3, 90)] };
+        let lengths =
+            if check.small { vec![(5, 4, 7), (3, 6, 2)] } else { vec![(60, 80, 50), (9, 200, 130), (100, 3, 90)] };
         let (batch, _) = batch(check, &lengths, vocabulary);
         let slopes: Vec<f64> = (0..batch.targets.len()).map(|i| if i % 3 == 0 { -0.7 } else { 0.4 }).collect();
         let model = Model::new(decoder, adapters).map_err(text)?;
@@ -70,8 +71,7 @@ pub(crate) fn gradients(check: &mut Check) -> Outcome {
 
 fn random_adapters(check: &mut Check, decoder: &Decoder) -> Outcome<Adapters> {
     let lora = LoraConfig { rank: 4, ..LoraConfig::default() };
-    let mut adapters =
-        adapter::new(&lora, &decoder.config().modules(), 1, DType::F32, &Device::Cpu).map_err(text)?;
+    let mut adapters = adapter::new(&lora, &decoder.config().modules(), 1, DType::F32, &Device::Cpu).map_err(text)?;
     let shapes: Vec<_> = adapters.tensors().map(|(_, tensor)| tensor.shape().clone()).collect();
     let tensors = shapes.into_iter().map(|shape| (check.normal(shape, DType::BF16)? * 0.05)?.to_dtype(DType::F32));
     adapters.replace(tensors.collect::<candle_core::Result<Vec<_>>>().map_err(text)?).map_err(text)?;
@@ -161,13 +161,14 @@ fn on_both(check: &mut Check, recipe: &Path, folder: &Path) -> Outcome {
 
 /// Ten updates of models of random weights: time, work and memory.
 pub(crate) fn shapes(check: &mut Check) -> Outcome {
-    let llama = |hidden: usize, layers: usize, heads: usize, keys: usize, inner: usize, vocabulary: usize, tied: bool| {
-        json!({
-            "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
-            "num_attention_heads": heads, "num_key_value_heads": keys, "vocab_size": vocabulary,
-            "rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "tie_word_embeddings": tied,
-        })
-    };
+    let llama =
+        |hidden: usize, layers: usize, heads: usize, keys: usize, inner: usize, vocabulary: usize, tied: bool| {
+            json!({
+                "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+                "num_attention_heads": heads, "num_key_value_heads": keys, "vocab_size": vocabulary,
+                "rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "tie_word_embeddings": tied,
+            })
+        };
     if check.small {
         let tiny = llama(64, 2, 4, 2, 128, 300, true);
         train(check, "tiny, bf16", &tiny, Quant::None, 2, 64, 1.0)?;

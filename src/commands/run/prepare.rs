@@ -186,7 +186,8 @@ pub(super) fn prepare(arguments: &cli::Run, console: &Console) -> Result<Prepare
         model = model.with_reference(initial).map_err(candle)?;
     }
     // what the run does not need of a GPU holds layers dequantized
-    let spare = device.free.map_or(0, |free| (free - free / 16).saturating_sub(resolved.memory.choice.at_most.total()));
+    let spare =
+        device.free.map_or(0, |free| (free - free / 16).saturating_sub(resolved.memory.choice.at_most.total()));
     let model = model.to_device(&device.device, device.dtype(), spare).map_err(candle)?;
     let resumed = match resumed {
         Some((state, progress)) => Some((state, progress.to_device(&device.device).map_err(candle)?)),

@@ -17,13 +17,7 @@ pub(crate) struct Factors {
 }
 
 /// The parameters after an update; the moments are changed where they lie. `split` elements are those of `A`.
-pub(crate) fn step(
-    p: &Tensor,
-    g: &Tensor,
-    [m, v]: [&Tensor; 2],
-    split: usize,
-    factors: Factors,
-) -> Result<Tensor> {
+pub(crate) fn step(p: &Tensor, g: &Tensor, [m, v]: [&Tensor; 2], split: usize, factors: Factors) -> Result<Tensor> {
     let count = p.elem_count();
     for tensor in [p, g, m, v] {
         if tensor.elem_count() != count || tensor.dtype() != DType::F32 {

@@ -71,7 +71,8 @@ impl Layout {
                     let seen = segment.seen(i, window);
                     let before = segment.prefix.len();
                     let prefix = segment.prefix.start + seen.start.min(before)..segment.prefix.end;
-                    let own = segment.own.start + seen.start.saturating_sub(before)..segment.own.start + seen.end - before;
+                    let own =
+                        segment.own.start + seen.start.saturating_sub(before)..segment.own.start + seen.end - before;
                     let within = |range: Range<usize>| match range.is_empty() {
                         true => [0, 0],
                         false => [(range.start - keys.start) as u32, (range.end - keys.start) as u32],
@@ -130,9 +131,12 @@ impl<'l> Wave<'l> {
     fn all(layout: &'l Layout, heads: Heads, bytes: usize) -> impl Iterator<Item = Self> {
         let of_one = (heads.queries / heads.keys) * layout.plane * bytes;
         let count = (SCRATCH / of_one.max(1)).clamp(1, heads.keys);
-        (0..heads.keys)
-            .step_by(count)
-            .map(move |first| Self { layout, heads, first, count: count.min(heads.keys - first) })
+        (0..heads.keys).step_by(count).map(move |first| Self {
+            layout,
+            heads,
+            first,
+            count: count.min(heads.keys - first),
+        })
     }
 
     /// Query heads that share a key/value head.
@@ -271,9 +275,33 @@ pub(crate) fn backward(
                 let k = k.at(block.keys.start, first, 1);
                 let (onto_k, onto_v) = (of_k.at(block.keys.start, first, 1), of_v.at(block.keys.start, first, 1));
                 let count = wave.count;
-                gemm([queries, columns, keys], d_scores, k, of_q.at(block.queries.start, head, apart), count, 1.0, Onto::Nothing)?;
-                gemm([keys, columns, queries], d_scores.t(), q.at(block.queries.start, head, apart), onto_k, count, 1.0, Onto::Existing)?;
-                gemm([keys, columns, queries], weights.t(), d_out.at(block.queries.start, head, apart), onto_v, count, 1.0, Onto::Existing)
+                gemm(
+                    [queries, columns, keys],
+                    d_scores,
+                    k,
+                    of_q.at(block.queries.start, head, apart),
+                    count,
+                    1.0,
+                    Onto::Nothing,
+                )?;
+                gemm(
+                    [keys, columns, queries],
+                    d_scores.t(),
+                    q.at(block.queries.start, head, apart),
+                    onto_k,
+                    count,
+                    1.0,
+                    Onto::Existing,
+                )?;
+                gemm(
+                    [keys, columns, queries],
+                    weights.t(),
+                    d_out.at(block.queries.start, head, apart),
+                    onto_v,
+                    count,
+                    1.0,
+                    Onto::Existing,
+                )
             })?;
         }
     }

@@ -5,9 +5,9 @@ use std::ops::Range;
 
 use candle_core::{DType, Result, Tensor, bail};
 
+use super::as_dtype;
 use super::driver::{Launch, Onto, Operand, empty, gemm, modules};
 use super::weight::matrix;
-use super::as_dtype;
 use crate::ops::dims2;
 use crate::quant::Weight;
 

@@ -19,7 +19,8 @@ pub(crate) fn turn(matrices: &[Turned<'_>], way: Turn) -> Result<Vec<Tensor>> {
     let mut angles = Vec::new();
     for &(x, cos, sin) in matrices {
         let (rows, width) = dims2(x)?;
-        let fits = half > 0 && width.is_multiple_of(2 * half) && cos.dims() == [rows, half] && sin.dims() == [rows, half];
+        let fits =
+            half > 0 && width.is_multiple_of(2 * half) && cos.dims() == [rows, half] && sin.dims() == [rows, half];
         if !fits || x.dtype() != like.dtype() {
             bail!("rope: {rows} rows of {width} and angles of {:?}", cos.shape())
         }

@@ -98,7 +98,13 @@ impl Resident {
     ///
     /// # Errors
     /// What candle returns.
-    pub fn random_nf4(rows: usize, columns: usize, scale: f32, device: &Device, recent: &Arc<Recent>) -> Result<Self> {
+    pub fn random_nf4(
+        rows: usize,
+        columns: usize,
+        scale: f32,
+        device: &Device,
+        recent: &Arc<Recent>,
+    ) -> Result<Self> {
         let elements = rows * columns;
         let packed = (Tensor::rand(0f32, 256.0, elements.div_ceil(2), device)?.floor()?).to_dtype(DType::U8)?;
         let scales = Tensor::full(scale, elements.div_ceil(crate::quant::nf4::BLOCK), device)?;
@@ -140,7 +146,8 @@ impl Resident {
             return Ok(tensor.clone());
         }
         // room is made before there are two of them
-        let held = |kept: &VecDeque<(usize, Tensor)>| kept.iter().map(|(_, tensor)| tensor.elem_count()).sum::<usize>();
+        let held =
+            |kept: &VecDeque<(usize, Tensor)>| kept.iter().map(|(_, tensor)| tensor.elem_count()).sum::<usize>();
         while !matrices.kept.is_empty() && held(&matrices.kept) + elements > self.recent.most {
             matrices.kept.pop_front();
         }
