@@ -10,16 +10,16 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub use eval::{Bound, Eval};
 pub use plot::{Plot, PlotWhat};
 pub use report::Report;
-
-use crate::bytes::Bytes;
-use crate::export::check::Consumer;
-use crate::quant::Quant;
+pub use serve::Serve;
 pub use win_rate::{Gate, JudgeArguments, Stage, WinRate};
 
-pub use eval::{Bound, Eval};
-pub use serve::Serve;
+use crate::bytes::Bytes;
+use crate::device::DeviceChoice;
+use crate::export::check::Consumer;
+use crate::quant::Quant;
 
 /// Preference-tune a language model with LoRA adapters, from one recipe.
 #[derive(Debug, Parser)]
@@ -185,6 +185,14 @@ fn share(text: &str) -> Result<f64, String> {
     number(text, "from 0 to 1", |x| (0.0..=1.0).contains(&x))
 }
 
+/// Where the model computes.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct Device {
+    /// Where the model computes: auto (a GPU if this binary can use one), cpu, cuda:0 ...
+    #[arg(long, default_value_t, value_name = "DEVICE")]
+    pub device: DeviceChoice,
+}
+
 /// Who answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Side {
@@ -220,6 +228,9 @@ pub struct Generate {
     #[expect(missing_docs, reason = "it becomes part of the help")]
     #[command(flatten)]
     pub decoding: Decoding,
+    #[expect(missing_docs, reason = "it becomes part of the help")]
+    #[command(flatten)]
+    pub device: Device,
     /// A JSON object a prompt.
     #[arg(long)]
     pub json: bool,
@@ -240,6 +251,9 @@ pub struct Chat {
     #[expect(missing_docs, reason = "it becomes part of the help")]
     #[command(flatten)]
     pub decoding: Decoding,
+    #[expect(missing_docs, reason = "it becomes part of the help")]
+    #[command(flatten)]
+    pub device: Device,
     /// No progress, only errors.
     #[arg(short, long)]
     pub quiet: bool,
@@ -378,6 +392,9 @@ pub struct Run {
     /// The run folder [default: runs/RECIPE-TIME].
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
+    /// Where the model computes, instead of `[run] device`: auto, cpu, cuda:0 ...
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<DeviceChoice>,
     /// Go on from the newest checkpoint of a run folder (of --out's, if none is named).
     #[arg(long, value_name = "RUN", num_args = 0..=1)]
     pub resume: Option<Option<PathBuf>>,
@@ -397,10 +414,30 @@ pub struct Plan {
     /// Change a value of the recipe; VALUE is TOML, paths belong to the working directory.
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     pub overrides: Vec<String>,
+    /// Where the model will compute, instead of `[run] device`: auto, cpu, cuda:0 ...
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<DeviceChoice>,
     /// Print the plan as JSON.
     #[arg(long)]
     pub json: bool,
     /// No progress, only errors.
     #[arg(short, long)]
     pub quiet: bool,
+}
+
+/// What `--set` gives, and `--device` as one more of them.
+fn overrides(set: &[String], device: Option<DeviceChoice>) -> Vec<String> {
+    set.iter().cloned().chain(device.map(|device| format!("run.device=\"{device}\""))).collect()
+}
+
+impl Run {
+    pub(crate) fn overrides(&self) -> Vec<String> {
+        overrides(&self.overrides, self.device)
+    }
+}
+
+impl Plan {
+    pub(crate) fn overrides(&self) -> Vec<String> {
+        overrides(&self.overrides, self.device)
+    }
 }

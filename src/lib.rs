@@ -11,6 +11,7 @@
 //! | [`recipe`] | the TOML recipe: config structs composed, overrides, errors with positions |
 //! | [`data`] | preference files to token ids: row shapes, chat templates, boundaries, truncation |
 //! | [`hub`] | models and data sets of the Hugging Face hub, fetched and kept |
+//! | [`device`] | where a model computes |
 //! | [`model`] | the decoder, model families, weights, packed batches, generation |
 //! | [`ops`] | its operators, each a forward and a backward |
 //! | [`quant`] | frozen matrices: dense, GGUF blocks, NF4 |
@@ -34,6 +35,7 @@ pub mod cli;
 pub mod commands;
 pub mod data;
 pub mod eval;
+pub mod device;
 pub mod export;
 pub mod files;
 pub mod gguf;

@@ -10,7 +10,7 @@ pub mod peft;
 mod svd;
 mod targets;
 
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 
 pub use algebra::Truncation;
 pub use config::{AdapterConfig, AdapterError, InitMode, InitialWeights, LoraConfig};
@@ -140,6 +140,20 @@ impl Lora {
         [("lora_A", a), ("lora_B", b)].into_iter().chain(magnitude)
     }
 
+    fn moved(mut self, device: &Device) -> Result<Self> {
+        let to = |tensor: &mut Tensor| {
+            *tensor = tensor.to_device(device)?;
+            Ok::<_, candle_core::Error>(())
+        };
+        self.own.iter_mut().chain(self.frozen.iter_mut().flatten()).try_for_each(to)?;
+        if let Some(Dora { magnitude, norms }) = &mut self.dora {
+            to(magnitude)?;
+            norms.iter_mut().flat_map(|Norms { base, whole }| [base, whole]).try_for_each(to)?;
+        }
+        self.join()?;
+        Ok(self)
+    }
+
     /// Takes the lengths of the rows of the module's matrix with the update, for DoRA.
     fn measure(&mut self, decoder: &Decoder, module: usize) -> Result<()> {
         let Some(Dora { norms, .. }) = &self.dora else { return Ok(()) };
@@ -150,7 +164,8 @@ impl Lora {
         };
         // ‖w + s Aᵀb‖² = ‖w‖² + 2 s (A w)·b + s² b·(A Aᵀ b), with one product of W
         let (a, b) = (self.a(), self.b());
-        let across = linear::apply(a, weight)?.t()?;
+        // the base may compute in narrower numbers
+        let across = linear::apply(&a.to_dtype(decoder.dtype())?, weight)?.to_dtype(a.dtype())?.t()?;
         let inner = (across * (2.0 * self.scale))?;
         let own = (b.matmul(&a.matmul(&a.t()?)?)? * (self.scale * self.scale))?;
         let whole = (&base + ((inner + own)? * b)?.sum(1)?)?.relu()?.sqrt()?;
@@ -239,6 +254,17 @@ impl Adapters {
             }
         }
         Ok(())
+    }
+
+    /// The same adapters on `device`.
+    ///
+    /// # Errors
+    /// What candle returns.
+    pub fn to_device(mut self, device: &Device) -> Result<Self> {
+        for module in &mut self.modules {
+            *module = module.take().map(|lora| lora.moved(device)).transpose()?;
+        }
+        Ok(self)
     }
 
     /// Number of trainable parameters.

@@ -29,6 +29,9 @@ pub struct Eval {
     #[expect(missing_docs, reason = "it becomes part of the help")]
     #[command(flatten)]
     pub trained: Trained,
+    #[expect(missing_docs, reason = "it becomes part of the help")]
+    #[command(flatten)]
+    pub device: super::Device,
     /// Held-out pairs [default: those of the run].
     #[arg(long, value_name = "FILE")]
     pub data: Option<PathBuf>,

@@ -28,6 +28,9 @@ pub struct Serve {
     #[expect(missing_docs, reason = "it becomes part of the help")]
     #[command(flatten)]
     pub trained: Trained,
+    #[expect(missing_docs, reason = "it becomes part of the help")]
+    #[command(flatten)]
+    pub device: super::Device,
     /// The address to listen at. One that others can reach needs --key-env, or --no-key.
     #[arg(long, default_value = "127.0.0.1", value_name = "ADDRESS")]
     pub host: IpAddr,

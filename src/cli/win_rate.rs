@@ -98,6 +98,9 @@ pub struct WinRate {
     #[expect(missing_docs, reason = "it becomes part of the help")]
     #[command(flatten, next_help_heading = "Answers")]
     pub decoding: Decoding,
+    #[expect(missing_docs, reason = "it becomes part of the help")]
+    #[command(flatten)]
+    pub device: super::Device,
 
     /// Do only this part.
     #[arg(long, value_enum, help_heading = "Results")]

@@ -5,6 +5,7 @@ use std::io;
 use super::{Failure, failed, request};
 use crate::cli;
 use crate::data::{Answer, Codec, Prompt};
+use crate::device::{self, Chosen, DeviceChoice};
 use crate::machine;
 use crate::model::generate::{End, Generator, Request, Sampling};
 use crate::model::{Adapter, Model};
@@ -153,10 +154,30 @@ fn begin(text: &str) -> String {
     if short.len() < text.len() { format!("{short}...") } else { short }
 }
 
-/// Base, adapter and tokenizer, ready to answer.
-pub(super) fn load(trained: super::trained::Trained, console: &Console) -> Result<(Model, Codec), Failure> {
+/// Base, adapter and tokenizer, ready to answer where `device` says.
+pub(super) fn load(
+    trained: super::trained::Trained,
+    device: DeviceChoice,
+    console: &Console,
+) -> Result<(Model, Codec), Failure> {
+    let chosen = choose(device, console)?;
     let codec = trained.codec()?;
     trained.base.fetch_weights(console).map_err(super::prepare::from_base)?;
     let (decoder, _) = trained.base.load(trained.decoder, console).map_err(failed)?;
-    Ok((Model::new(decoder, trained.adapters).map_err(candle)?, codec))
+    let model = Model::new(decoder, trained.adapters).map_err(candle)?;
+    Ok((placed(model, &chosen)?, codec))
+}
+
+/// The device that was asked for, with its reason told.
+pub(super) fn choose(device: DeviceChoice, console: &Console) -> Result<Chosen, Failure> {
+    let chosen = device::choose(device).map_err(request)?;
+    console.fact("device", &chosen.reason);
+    Ok(chosen)
+}
+
+/// The model where it computes.
+pub(super) fn placed(model: Model, chosen: &Chosen) -> Result<Model, Failure> {
+    // what decoding reads most is the weights: in bf16 where there is room
+    let resident = chosen.free.map_or(0, |free| free / 2);
+    model.to_device(&chosen.device, chosen.dtype(), resident).map_err(candle)
 }

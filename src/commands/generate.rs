@@ -34,7 +34,7 @@ pub fn generate(arguments: &cli::Generate) -> Result<(), Failure> {
     }
     let trained = Trained::open(&arguments.trained, &console)?;
     let prompts = prompts(arguments, &trained.codec()?, &console)?;
-    let (model, codec) = answering::load(trained, &console)?;
+    let (model, codec) = answering::load(trained, arguments.device.device, &console)?;
     let answering = Answering { model: &model, codec: &codec, decoding: &arguments.decoding };
     let sides = arguments.side.adapters();
     let mut out = io::stdout().lock();

@@ -9,6 +9,7 @@ use thiserror::Error;
 use super::{Failure, failed, request};
 use crate::adapter::{AdapterConfig, AdapterError, InitialWeights, LoraConfig, peft};
 use crate::data::{self, Codec, DataError, Dataset, Wanted};
+use crate::device::{self, Chosen, DeviceError};
 use crate::hub::{Cause, Hub};
 use crate::machine;
 use crate::model::memory::Rows;
@@ -22,6 +23,7 @@ use crate::train::{PackingFacts, Plan};
 #[derive(Debug)]
 pub(super) struct Setup {
     pub(super) parsed: Parsed,
+    pub(super) device: Chosen,
     pub(super) base: Base,
     pub(super) decoder: DecoderConfig,
     pub(super) modules: Vec<Module>,
@@ -45,6 +47,8 @@ struct TokenOutside {
 
 impl Setup {
     pub(super) fn read(parsed: Parsed, console: &Console) -> Result<Self, Failure> {
+        let chosen = device::choose(parsed.recipe.run.device).map_err(|error| request(in_run(&error, &parsed)))?;
+        console.fact("device", &chosen.reason);
         let recipe = &parsed.recipe;
         let base = Base::locate(&recipe.model, Hub::from_env, console).map_err(|e| in_recipe(e, &parsed))?;
         let source = base.path();
@@ -84,7 +88,7 @@ impl Setup {
         };
         outside("the training data", &train)?;
         eval.as_ref().map_or(Ok(()), |eval| outside("the held-out data", eval))?;
-        Ok(Self { base, decoder, modules, lora, ranks, codec, train, eval, parsed })
+        Ok(Self { device: chosen, base, decoder, modules, lora, ranks, codec, train, eval, parsed })
     }
 
     /// The recipe with every value, for a run into the folder `out`.
@@ -101,7 +105,9 @@ impl Setup {
             train,
             eval: eval.as_ref(),
             tokenizer: codec.num_bytes(),
-            free: machine::available_memory(),
+            free: self.device.free.or_else(machine::available_memory),
+            device: &self.device.reason,
+            on_gpu: self.device.device.is_cuda(),
         };
         Resolved::new(parsed, &inputs).map_err(request)
     }
@@ -132,6 +138,11 @@ pub(super) struct Forecast {
     /// Of the held-out data, as one update.
     pub(super) eval: Option<PackingFacts>,
     pub(super) inventory: Inventory,
+}
+
+/// A device that cannot be used, shown in the recipe.
+fn in_run(error: &DeviceError, parsed: &Parsed) -> crate::recipe::RecipeError {
+    parsed.error("run.device", error.to_string(), error.help().map(|help| help.to_string()))
 }
 
 /// A model that is not there is a mistake in the recipe.

@@ -60,7 +60,7 @@ pub fn serve(arguments: &cli::Serve) -> Result<(), Failure> {
         return Err(request(CannotServe::Context { asked, longest }));
     }
     let interrupt = Interrupt::listen().map_err(|error| failed(serve::ServeError::Io(error)))?;
-    let (model, codec) = answering::load(trained, &console)?;
+    let (model, codec) = answering::load(trained, arguments.device.device, &console)?;
     let (context, answers) = room(&model, asked, arguments.batch.map(|batch| batch as usize));
     let settings = Settings {
         base,

@@ -271,6 +271,8 @@ impl<'m> MergedGguf<'m> {
                 starts.try_for_each(|row| encode(dense_rows(&weight, row..(row + step).min(rows))?))
             }
             Weight::Dense(tensor) => encode(tensor.flatten_all()?.to_vec1()?),
+            #[cfg(feature = "cuda")]
+            Weight::OnDevice(resident) => encode(resident.dense(DType::F32)?.flatten_all()?.to_vec1()?),
         }
     }
 }

@@ -82,6 +82,11 @@ fn all_finite(tensor: &Tensor) -> Result<bool, candle_core::Error> {
 pub(super) fn dense_rows(weight: &Weight, rows: Range<usize>) -> Result<Vec<f32>, candle_core::Error> {
     match weight {
         Weight::Dense(tensor) => tensor.narrow(0, rows.start, rows.len())?.flatten_all()?.to_vec1(),
+        #[cfg(feature = "cuda")]
+        Weight::OnDevice(resident) => {
+            let ids: Vec<u32> = rows.map(|row| row as u32).collect();
+            resident.gather(&ids, DType::F32)?.flatten_all()?.to_vec1()
+        }
         Weight::Quantized(quantized) => {
             let mut values = vec![0.0; rows.len() * quantized.columns()];
             quantized.panel(rows, &mut values);

@@ -51,6 +51,8 @@ pub struct Decoder {
     pub(super) norm: Tensor,
     /// The embedding again where the head is tied; the same storage.
     pub(super) head: Weight,
+    /// Of what flows through it. On a GPU norms' weights and rope's angles are wider.
+    pub(super) dtype: DType,
 }
 
 /// What a forward pass over a packed batch gave.
@@ -90,10 +92,10 @@ impl Decoder {
         &self.layers[module / of_layer].projections[module % of_layer].weight
     }
 
-    /// Element type of the weights, which the computation is in.
+    /// Element type of the computation.
     #[must_use]
     pub fn dtype(&self) -> DType {
-        self.norm.dtype()
+        self.dtype
     }
 
     /// Where the weights are.
@@ -172,6 +174,60 @@ impl Decoder {
             }
         }
         Ok(merged)
+    }
+
+    /// The same decoder on a GPU, where it computes in `dtype`, bf16 or f32: embedding, head and as many layers as `resident` bytes take
+    /// dequantized, the others in their blocks. On the CPU it stays as it is.
+    ///
+    /// # Errors
+    /// What candle returns.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_mut, unused_variables, reason = "there is only the CPU"))]
+    pub fn to_device(mut self, device: &Device, dtype: DType, resident: usize) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        if device.is_cuda() {
+            self.to_gpu(device, dtype, resident)?;
+        }
+        Ok(self)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn to_gpu(&mut self, device: &Device, dtype: DType, mut resident: usize) -> Result<()> {
+        use crate::ops::cuda::weight::{Recent, Resident};
+        let dense = |weight: &Weight| weight.dense(DType::F32)?.to_dtype(dtype)?.to_device(device).map(Weight::Dense);
+        let vector = |tensor: &mut Tensor| {
+            *tensor = tensor.to_dtype(DType::F32)?.to_device(device)?;
+            Ok::<_, candle_core::Error>(())
+        };
+        let of_layer: usize =
+            self.config.projections().iter().map(|&p| self.config.shape(p).0 * self.config.shape(p).1).sum();
+        let recent = Recent::new(of_layer);
+        // from the last on: those are needed again first
+        for layer in self.layers.iter_mut().rev() {
+            let bytes = of_layer * dtype.size_in_bytes();
+            let stays = bytes <= resident;
+            let mut in_blocks = false;
+            for linear in &mut layer.projections {
+                linear.weight = match Resident::new(&linear.weight, device, &recent)? {
+                    Some(blocks) if stays => {
+                        in_blocks = true;
+                        Weight::Dense(blocks.dense(dtype)?)
+                    }
+                    Some(blocks) => Weight::OnDevice(blocks),
+                    None => dense(&linear.weight)?,
+                };
+                linear.bias.iter_mut().try_for_each(vector)?;
+            }
+            if in_blocks {
+                resident -= bytes;
+            }
+            let norms = layer.head_norms.iter_mut().chain(&mut layer.post_norms).flatten();
+            norms.chain([&mut layer.attention_norm, &mut layer.mlp_norm]).try_for_each(vector)?;
+        }
+        vector(&mut self.norm)?;
+        self.embedding = dense(&self.embedding)?;
+        self.head = if self.config.tie_word_embeddings { self.embedding.clone() } else { dense(&self.head)? };
+        self.dtype = dtype;
+        Ok(())
     }
 
     /// What makes logits of [`Decoder::hidden`].
@@ -282,7 +338,8 @@ impl Decoder {
                 Some((above, long)) if lengths[row] > *above => &long[..],
                 _ => &rope.inverse_frequencies,
             };
-            Angles::new(frequencies, positions, rope.factor, self.dtype(), self.device())
+            let dtype = if self.dtype == DType::BF16 { DType::F32 } else { self.dtype };
+            Angles::new(frequencies, positions, rope.factor, dtype, self.device())
         };
         self.config.ropes.iter().map(of).collect()
     }

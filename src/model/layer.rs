@@ -230,8 +230,7 @@ impl<'a> At<'a> {
             (q, k, bare) = (normed_q, normed_k, Some([bare_q, bare_k]));
         }
         if let Some([of_query, of_key]) = self.angles() {
-            q = rope::turn(&q, of_query, Turn::Forward)?;
-            k = rope::turn(&k, of_key, Turn::Forward)?;
+            [q, k] = rope::turn_both([&q, &k], [of_query, of_key], Turn::Forward)?;
         }
         Ok(Projected { rho, q, k, v, inner, query_inner, bare })
     }
@@ -396,8 +395,7 @@ impl<'a> At<'a> {
             attention::backward(&asked(d_output)?, q, k, v, &attention, heads, self.segments())?;
         drop(attention);
         if let Some([of_query, of_key]) = self.angles() {
-            dq = rope::turn(&dq, of_query, Turn::Backward)?;
-            dk = rope::turn(&dk, of_key, Turn::Backward)?;
+            [dq, dk] = rope::turn_both([&dq, &dk], [of_query, of_key], Turn::Backward)?;
         }
         if let (Some([of_query, of_key]), Some([bare_q, bare_k])) = (&self.layer.head_norms, bare) {
             dq = self.unnorm_heads(&dq, bare_q, of_query)?;

@@ -1,15 +1,19 @@
 //! What the decoder holds in memory while it learns, in bytes, and what it costs to hold less.
 //!
 //! The formulas follow `decoder.rs` tensor by tensor; whoever changes what a layer keeps changes them too. Elements are
-//! f32. `T` rows, and the decoder's own letters: `D` hidden, `F` intermediate, `Q = H·E`, `K` key/value columns.
+//! f32, on a GPU bf16. `T` rows, and the decoder's own letters: `D` hidden, `F` intermediate, `Q = H·E`, `K` key/value columns.
 
 use serde::Serialize;
 
 use super::{DecoderConfig, Projection};
 use crate::ops::cpu::completion_logps;
+use crate::quant::Kept;
 
 /// Bytes of an element.
 const F32: usize = 4;
+/// On a GPU: the most bytes of attention's scores that are held at once, and rows whose logits are.
+const GPU_SCORES: usize = 1 << 29;
+const GPU_LOGITS: usize = 512;
 
 /// What a layer keeps from its forward pass for its backward pass, most to least. The rest is computed again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -52,6 +56,8 @@ pub struct Shape {
     pub decoder: DecoderConfig,
     /// Adapters, layer by layer.
     pub ranks: Vec<Ranks>,
+    /// Whether a GPU computes, in bf16.
+    pub on_gpu: bool,
 }
 
 /// Rows of one batch.
@@ -108,7 +114,50 @@ impl Shape {
             }
             ranks
         };
-        Self { decoder: decoder.clone(), ranks: ranks.chunks(decoder.projections().len()).map(layer).collect() }
+        Self {
+            decoder: decoder.clone(),
+            ranks: ranks.chunks(decoder.projections().len()).map(layer).collect(),
+            on_gpu: false,
+        }
+    }
+
+    /// Bytes of an element.
+    fn element(&self) -> usize {
+        if self.on_gpu { 2 } else { F32 }
+    }
+
+    /// Bytes of the frozen weights where they are.
+    #[must_use]
+    pub fn base_bytes(&self) -> usize {
+        let Self { decoder, on_gpu, .. } = self;
+        if !on_gpu {
+            return decoder.num_bytes();
+        }
+        let heads = if decoder.tie_word_embeddings { 1 } else { 2 };
+        let vocabulary = heads * decoder.vocab_size * decoder.hidden_size * self.element();
+        let kept = |&p: &Projection| {
+            let (outputs, inputs) = decoder.shape(p);
+            match decoder.quant.of_linear(inputs) {
+                Kept::Blocks(kind) if kind.block_size() == 1 => outputs * inputs * self.element(),
+                Kept::Dense => outputs * inputs * self.element(),
+                kept => kept.num_bytes(outputs, inputs),
+            }
+        };
+        // of a file that is quantized, embedding and head are among its bytes, and count twice
+        let layers = || decoder.num_layers() * decoder.projections().iter().map(kept).sum::<usize>();
+        vocabulary + decoder.quantized_bytes.unwrap_or_else(layers)
+    }
+
+    /// Logits at work, and on a GPU a layer out of its blocks and attention's scores.
+    fn scratch(&self, rows: usize) -> [usize; 2] {
+        let Self { decoder, on_gpu, .. } = self;
+        if !on_gpu {
+            return [completion_logps::scratch_bytes(F32), 0];
+        }
+        let layer: usize = decoder.projections().iter().map(|&p| decoder.shape(p).0 * decoder.shape(p).1).sum();
+        let scores = GPU_SCORES.min(decoder.num_attention_heads * rows * rows * 2 * (F32 + self.element()));
+        let logits = GPU_LOGITS.min(rows) * decoder.vocab_size * (F32 + self.element());
+        [logits, scores + layer * self.element()]
     }
 
     /// The lowest layer with an adapter: those below it keep nothing and have no backward pass.
@@ -183,7 +232,7 @@ impl Shape {
         if saved == Saved::All {
             elements += on * gate_up;
         }
-        F32 * elements
+        self.element() * elements
     }
 
     /// Operations that a layer does again for some rows because it did not keep everything. `pairs` are those of a query
@@ -235,25 +284,26 @@ impl Shape {
         let (kv, f) = (self.outputs(Projection::Key), self.outputs(Projection::Gate));
         let last = self.ranks.len() - 1;
         let all_kept: usize = saved.iter().enumerate().map(|(l, &level)| self.kept(l, level, rows)).sum();
-        let head = all_kept + 3 * F32 * rows.scored * d + completion_logps::scratch_bytes(F32);
+        let [logits, more] = self.scratch(rows.all);
+        let head = all_kept + 3 * self.element() * rows.scored * d + logits;
         // both halves of a fused matrix's columns, before they are split or after they are joined
         let fused = if self.decoder.fused { 2 * f } else { 0 };
         let (mut peak, mut kept) = (head, 0);
         for (layer, &level) in saved.iter().enumerate() {
             let on = if layer == last { rows.scored.min(rows.all) } else { rows.all };
             let everything = self.held(layer, Saved::All, rows);
-            let forward = everything + F32 * on * (f + d + fused);
+            let forward = everything + self.element() * on * (f + d + fused);
             peak = peak.max(kept + forward);
             if layer >= self.lowest_adapted() {
-                let mlp = everything + F32 * on * (4 * f + 2 * d + fused);
+                let mlp = everything + self.element() * on * (4 * f + 2 * d + fused);
                 let attention = self.held(layer, Saved::WithoutGateUp, rows)
-                    + F32 * (on * (2 * q + d) + rows.all * (2 * kv + 2 * d));
+                    + self.element() * (on * (2 * q + d) + rows.all * (2 * kv + 2 * d));
                 peak = peak.max(kept + mlp.max(attention));
             }
             kept += self.kept(layer, level, rows);
         }
-        let unused = 2 * F32 * rows.all * f;
-        Footprint { saved: all_kept, scratch: peak + unused - all_kept }
+        let unused = 2 * self.element() * rows.all * f;
+        Footprint { saved: all_kept, scratch: peak + unused + more - all_kept }
     }
 
     /// The most that a forward pass that keeps nothing holds at once: the reference, an evaluation.
@@ -261,9 +311,10 @@ impl Shape {
     pub fn scoring(&self, rows: Rows) -> Footprint {
         let (d, f) = (self.decoder.hidden_size, self.outputs(Projection::Gate));
         let fused = if self.decoder.fused { 2 * f } else { 0 };
-        let layer = self.held(0, Saved::All, rows) + F32 * rows.all * (f + d + fused);
-        let head = 2 * F32 * rows.scored * d + completion_logps::scratch_bytes(F32);
-        Footprint { saved: 0, scratch: layer.max(head) }
+        let layer = self.held(0, Saved::All, rows) + self.element() * rows.all * (f + d + fused);
+        let [logits, more] = self.scratch(rows.all);
+        let head = 2 * self.element() * rows.scored * d + logits;
+        Footprint { saved: 0, scratch: layer.max(head) + more }
     }
 }
 
@@ -304,7 +355,7 @@ pub(crate) mod tests {
             let extra = layers * (shape.num_attention_heads + 2) * F32;
             let mut ranks = Ranks::default();
             ranks[Projection::Down as usize] = 1;
-            let rank_zero = Shape { decoder: shape.clone(), ranks: vec![ranks; layers] };
+            let rank_zero = Shape { decoder: shape.clone(), ranks: vec![ranks; layers], on_gpu: false };
             let kib = |saved, extra: usize| {
                 let bytes: usize = (0..layers).map(|layer| rank_zero.bytes_per_row(layer, saved)).sum();
                 (bytes - extra) as f64 / 1024.0

@@ -25,6 +25,8 @@ pub use config::{Biases, DecoderConfig, LayerConfig, Module, Projection, Rope};
 pub use decoder::{Activations, Adapter, Decoder, Forward, Keep};
 pub use packed::{Packed, Packer, PromptSpan};
 pub use source::{Base, Source};
+#[cfg(feature = "cuda")]
+pub use weights::random_decoder;
 pub use weights::{BaseFiles, Part, WeightFiles, gguf_decoder};
 
 use crate::adapter::{Adapters, Gradients};
@@ -137,6 +139,23 @@ impl Model {
         reference.measure(&self.decoder)?;
         self.reference = Some(reference);
         Ok(self)
+    }
+
+    /// The same on `device`; see [`Decoder::to_device`].
+    ///
+    /// # Errors
+    /// What candle returns.
+    pub fn to_device(
+        self,
+        device: &candle_core::Device,
+        dtype: candle_core::DType,
+        resident: usize,
+    ) -> candle_core::Result<Self> {
+        Ok(Self {
+            decoder: self.decoder.to_device(device, dtype, resident)?,
+            adapters: self.adapters.to_device(device)?,
+            reference: self.reference.map(|reference| reference.to_device(device)).transpose()?,
+        })
     }
 
     /// The frozen base.

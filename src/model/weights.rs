@@ -368,6 +368,53 @@ impl BaseFiles {
     }
 }
 
+/// Tensors made on a GPU, for measuring: matrices in NF4 of any indices, or of normal numbers.
+#[cfg(feature = "cuda")]
+struct Random<'d> {
+    device: &'d Device,
+    dtype: DType,
+    recent: std::sync::Arc<crate::ops::cuda::weight::Recent>,
+}
+
+#[cfg(feature = "cuda")]
+impl Tensors for Random<'_> {
+    fn matrix(&mut self, place: Place, [rows, columns]: [usize; 2], kept: Kept) -> Result<Weight, ModelError> {
+        // outputs as large as inputs
+        let deviation = (columns as f32).recip().sqrt();
+        if let (Kept::Nf4, Place::Weight(..)) = (kept, place) {
+            // NF4's sixteen values, drawn evenly, have this root mean square
+            const SPREAD: f32 = 0.49;
+            let matrix = crate::ops::cuda::weight::Resident::random_nf4(
+                rows,
+                columns,
+                deviation / SPREAD,
+                self.device,
+                &self.recent,
+            )?;
+            return Ok(Weight::OnDevice(matrix));
+        }
+        Ok(Weight::Dense(Tensor::randn(0f32, deviation, (rows, columns), self.device)?.to_dtype(self.dtype)?))
+    }
+
+    fn vector(&mut self, place: Place, len: usize, _: f64) -> Result<Tensor, ModelError> {
+        let value = if matches!(place, Place::Bias(..)) { 0f32 } else { 1.0 };
+        Ok(Tensor::full(value, len, self.device)?)
+    }
+}
+
+/// A decoder of random weights made on a GPU, for measuring.
+///
+/// # Errors
+/// What candle returns: most likely that memory is full.
+#[cfg(feature = "cuda")]
+pub fn random_decoder(config: DecoderConfig, dtype: DType, device: &Device) -> Result<Decoder, ModelError> {
+    let of_layer: usize = config.projections().iter().map(|&p| config.shape(p).0 * config.shape(p).1).sum();
+    let recent = crate::ops::cuda::weight::Recent::new(of_layer);
+    let mut decoder = assemble(config, &mut Random { device, dtype, recent })?;
+    decoder.dtype = dtype;
+    Ok(decoder)
+}
+
 /// Puts a decoder together.
 fn assemble(config: DecoderConfig, from: &mut dyn Tensors) -> Result<Decoder, ModelError> {
     let (d, v, quant) = (config.hidden_size, config.vocab_size, config.quant);
@@ -400,7 +447,8 @@ fn assemble(config: DecoderConfig, from: &mut dyn Tensors) -> Result<Decoder, Mo
         true => embedding.clone(),
         false => from.matrix(Place::Head, [v, d], quant.of_embedding(d))?,
     };
-    Ok(Decoder { config, embedding, layers, norm, head })
+    let dtype = norm.dtype();
+    Ok(Decoder { config, embedding, layers, norm, head, dtype })
 }
 
 /// Takes a decoder's tensors out of a GGUF file.

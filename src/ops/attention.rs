@@ -8,7 +8,9 @@ use std::ops::Range;
 
 use candle_core::{D, DType, Result, Tensor};
 
-use super::{cpu, has_kernel};
+#[cfg(feature = "cuda")]
+use super::cuda;
+use super::{Form, cpu, form};
 
 /// Query rows and the key/value rows they see: all of `prefix`, and `own` causally, aligned at its end (the last
 /// query sees all of `own`, the one before it all but the last row).
@@ -104,8 +106,11 @@ pub struct Saved {
 /// # Errors
 /// What candle returns for wrong shapes or types.
 pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, segments: &Segments) -> Result<Saved> {
-    if has_kernel(q) {
-        return cpu::attention::forward(q, k, v, heads, segments);
+    match form(q) {
+        Form::Cpu => return cpu::attention::forward(q, k, v, heads, segments),
+        #[cfg(feature = "cuda")]
+        Form::Cuda if cuda::attention::takes(segments) => return cuda::attention::forward(q, k, v, heads, segments),
+        _ => {}
     }
     let (rows, _) = q.dims2()?;
     let mut output = q.zeros_like()?;
@@ -139,8 +144,13 @@ pub fn backward(
     heads: Heads,
     segments: &Segments,
 ) -> Result<(Tensor, Tensor, Tensor)> {
-    if has_kernel(q) {
-        return cpu::attention::backward(d_output, q, k, v, saved, heads, segments);
+    match form(q) {
+        Form::Cpu => return cpu::attention::backward(d_output, q, k, v, saved, heads, segments),
+        #[cfg(feature = "cuda")]
+        Form::Cuda if cuda::attention::takes(segments) => {
+            return cuda::attention::backward(d_output, q, k, v, saved, heads, segments);
+        }
+        _ => {}
     }
     let (mut dq, mut dk, mut dv) = (q.zeros_like()?, k.zeros_like()?, v.zeros_like()?);
     let per_head = |x: &Tensor, rows: &Range<usize>| split(x, rows, heads.queries, heads.dimension);

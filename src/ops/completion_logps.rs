@@ -14,7 +14,9 @@
 use candle_core::{D, Result, Tensor};
 
 use super::cpu::{self, Real, filled, for_real, tensor, values};
-use super::{has_kernel, linear};
+#[cfg(feature = "cuda")]
+use super::cuda;
+use super::{Form, form, has_kernel, linear};
 use crate::quant::Weight;
 
 /// What turns hidden states into logits.
@@ -87,8 +89,11 @@ pub fn score(
     if let Some(target) = targets.iter().find(|&&t| t as usize >= vocabulary) {
         candle_core::bail!("token {target} is outside the model's vocabulary of {vocabulary}")
     }
-    if has_kernel(hidden) {
-        return cpu::completion_logps::score(hidden, head, targets, want);
+    match form(hidden) {
+        Form::Cpu => return cpu::completion_logps::score(hidden, head, targets, want),
+        #[cfg(feature = "cuda")]
+        Form::Cuda => return cuda::completion_logps::score(hidden, head, targets, want),
+        Form::Composed => {}
     }
     let weight = head.weight.dense(hidden.dtype())?;
     let (mut scores, mut gradients) = (Vec::with_capacity(rows), Vec::new());
@@ -152,6 +157,10 @@ pub fn backward(u: &Tensor, g: &[f64]) -> Result<Tensor> {
     let (rows, d) = u.dims2()?;
     if rows != g.len() {
         candle_core::bail!("head: {rows} rows and {} slopes", g.len())
+    }
+    #[cfg(feature = "cuda")]
+    if matches!(form(u), Form::Cuda) {
+        return cuda::completion_logps::backward(u, g);
     }
     if has_kernel(u) && d > 0 {
         return for_real!(u, T => {

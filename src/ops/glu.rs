@@ -3,7 +3,9 @@
 
 use candle_core::{Result, Tensor};
 
-use super::{cpu, has_kernel};
+#[cfg(feature = "cuda")]
+use super::cuda;
+use super::{Form, cpu, form};
 
 /// What the gate goes through. All are of the form `act(e) = e σ(z(e))`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,8 +39,11 @@ impl Activation {
 /// # Errors
 /// What candle returns for wrong shapes or types.
 pub fn forward(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
-    if has_kernel(gate) {
-        return cpu::glu::forward(gate, up, activation);
+    match form(gate) {
+        Form::Cpu => return cpu::glu::forward(gate, up, activation),
+        #[cfg(feature = "cuda")]
+        Form::Cuda => return cuda::glu::forward(gate, up, activation),
+        Form::Composed => {}
     }
     let (z, _) = activation.inner(gate)?;
     (gate * sigmoid(&z)?)? * up
@@ -60,8 +65,11 @@ pub struct Backward {
 /// # Errors
 /// What candle returns for wrong shapes or types.
 pub fn backward(dh: &Tensor, gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Backward> {
-    if has_kernel(gate) {
-        return cpu::glu::backward(dh, gate, up, activation);
+    match form(gate) {
+        Form::Cpu => return cpu::glu::backward(dh, gate, up, activation),
+        #[cfg(feature = "cuda")]
+        Form::Cuda => return cuda::glu::backward(dh, gate, up, activation),
+        Form::Composed => {}
     }
     let (z, slope_of_z) = activation.inner(gate)?;
     let sigmoid = sigmoid(&z)?;

@@ -11,7 +11,11 @@ use super::cpu::few::{self, FEW};
 use super::cpu::gemm::{Matrix, Onto, Threads, gemm, product};
 use super::cpu::weight::{Rows, panels};
 use super::cpu::{Real, Values, filled, for_real, tensor, values};
+#[cfg(feature = "cuda")]
+use super::cuda::linear::{self as cuda, Narrow};
 use super::dropout::{self, Dropout};
+#[cfg(feature = "cuda")]
+use super::{Form, form};
 use super::{dims2, has_kernel};
 use crate::quant::Weight;
 
@@ -41,8 +45,9 @@ pub struct Magnitude<'a> {
 }
 
 impl Magnitude<'_> {
-    fn factors(&self) -> Result<Tensor> {
-        self.length / self.norm
+    /// In the type of what they multiply.
+    fn factors(&self, like: &Tensor) -> Result<Tensor> {
+        (self.length / self.norm)?.to_dtype(like.dtype())
     }
 }
 
@@ -123,7 +128,14 @@ impl<'a, const N: usize> Stack<'a, N> {
     /// `drop(x) Aᵀ [T, ΣR]`
     fn inner(&self, x: &Tensor) -> Result<Tensor> {
         if self.has_dropout() {
-            let one = |update: &LowRank<'_>| update.input(x)?.matmul(&update.a.t()?);
+            let one = |update: &LowRank<'_>| {
+                let x = update.input(x)?;
+                #[cfg(feature = "cuda")]
+                if matches!(form(&x), Form::Cuda) {
+                    return cuda::matmul_t(&x, update.a);
+                }
+                x.matmul(&update.a.t()?)
+            };
             return Tensor::cat(&self.updates.iter().flatten().map(one).collect::<Result<Vec<_>>>()?, 1);
         }
         matmul_t(x, &self.a()?)
@@ -132,6 +144,10 @@ impl<'a, const N: usize> Stack<'a, N> {
 
 /// `x wᵀ`
 fn matmul_t(x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if matches!(form(x), Form::Cuda) {
+        return cuda::matmul_t(x, w);
+    }
     if has_kernel(x) {
         return for_real!(x, T => {
             let (x, w) = (mat::<T>(x)?, mat(w)?);
@@ -172,11 +188,20 @@ type Update<'u> = (&'u LowRank<'u>, &'u Tensor, std::ops::Range<usize>);
 fn one(x: &Tensor, branch: &Branch<'_>, update: Option<Update<'_>>, residual: Option<&Tensor>) -> Result<Tensor> {
     let Branch { weight, bias, .. } = branch;
     if let Some((Some(magnitude), update)) = update.as_ref().map(|update| (update.0.magnitude, update)) {
-        let mut y = bare(x, weight, update)?.broadcast_mul(&magnitude.factors()?)?;
+        let y = bare(x, weight, update)?;
+        let mut y = y.broadcast_mul(&magnitude.factors(&y)?)?;
         if let Some(bias) = bias {
             y = y.broadcast_add(bias)?;
         }
         return residual.map_or(Ok(y.clone()), |residual| residual + y);
+    }
+    #[cfg(feature = "cuda")]
+    if matches!(form(x), Form::Cuda) {
+        let y = cuda::product_t(x, weight, *bias, residual)?;
+        if let Some((update, inner, columns)) = update {
+            cuda::add_low_rank(&y, inner, columns, update.b, Narrow::B, update.scale)?;
+        }
+        return Ok(y);
     }
     if has_kernel(x) {
         return for_real!(x, T => {
@@ -241,7 +266,7 @@ pub fn apply(x: &Tensor, weight: &Weight) -> Result<Tensor> {
 /// The gradient of what the matrices with their updates gave, before DoRA brought it to its lengths.
 fn before_lengths<const N: usize>(dy: [&Tensor; N], branches: &[Branch<'_>; N]) -> Result<[Tensor; N]> {
     let scaled = |(dy, branch): (&Tensor, &Branch<'_>)| match branch.update.and_then(|update| update.magnitude) {
-        Some(magnitude) => dy.broadcast_mul(&magnitude.factors()?),
+        Some(magnitude) => dy.broadcast_mul(&magnitude.factors(dy)?),
         None => Ok(dy.clone()),
     };
     array(dy.into_iter().zip(branches).map(scaled).collect::<Result<Vec<_>>>()?)
@@ -285,7 +310,14 @@ pub fn between<const N: usize>(dy: [&Tensor; N], branches: &[Branch<'_>; N]) -> 
             tensor(g, (rows, rank)).map(Some)
         });
     }
-    let one = |(i, update, _): (usize, &LowRank<'_>, _)| dy[i].matmul(update.b)? * update.scale;
+    let one = |(i, update, _): (usize, &LowRank<'_>, _)| {
+        #[cfg(feature = "cuda")]
+        if matches!(form(dy[i]), Form::Cuda) {
+            let all = 0..dims2(dy[i])?.1;
+            return cuda::matmul(dy[i], all, update.b, update.scale);
+        }
+        dy[i].matmul(update.b)? * update.scale
+    };
     Tensor::cat(&stack.with_columns().map(one).collect::<Result<Vec<_>>>()?, 1).map(Some)
 }
 
@@ -308,7 +340,7 @@ pub fn input_gradient<const N: usize>(
     let mut dx = sum_of_products(dy, branches, update.as_ref().map(|(g, a)| (*g, a)))?;
     let Some((stack, g)) = stack.filter(|_| update.is_none()) else { return Ok(dx) };
     for (_, update, columns) in stack.with_columns() {
-        let mut back = g.narrow(1, columns.start, columns.len())?.matmul(update.a)?;
+        let mut back = times_a(g, columns, update.a)?;
         if let Some(dropout) = &update.dropout {
             back = dropout::apply(&back, dropout)?;
         }
@@ -336,7 +368,7 @@ pub fn update_gradients<const N: usize>(
         if let Some(Magnitude { norm, .. }) = update.magnitude {
             // computed again rather than kept: one product more for each matrix that has lengths
             let bare = bare(x, branches[i].weight, &(update, &inner, columns))?;
-            lengths[i] = Some(((dy[i] * bare)?.sum(0)? / norm)?);
+            lengths[i] = Some(((dy[i] * bare)?.to_dtype(norm.dtype())?.sum(0)? / norm)?);
         }
     }
     let dy = before_lengths(dy, branches)?;
@@ -357,6 +389,16 @@ pub fn update_gradients<const N: usize>(
         });
         return Ok(gradients);
     }
+    #[cfg(feature = "cuda")]
+    if matches!(form(x), Form::Cuda) {
+        for (i, update, columns) in stack.with_columns() {
+            let (of_x, of_dy) = (0..dims2(x)?.1, 0..dims2(dy[i])?.1);
+            let a = cuda::outer(g, columns.clone(), &update.input(x)?, of_x, 1.0)?;
+            let b = cuda::outer(dy[i], of_dy, &inner, columns, update.scale)?;
+            gradients[i] = Some(LowRankGradient { a, b, magnitude: lengths[i].take() });
+        }
+        return Ok(gradients);
+    }
     for (i, update, columns) in stack.with_columns() {
         let part = |of: &Tensor| of.narrow(1, columns.start, columns.len());
         let a = part(g)?.t()?.matmul(&update.input(x)?)?;
@@ -366,6 +408,15 @@ pub fn update_gradients<const N: usize>(
     Ok(gradients)
 }
 
+/// Some columns of `g`, times `a`.
+fn times_a(g: &Tensor, columns: std::ops::Range<usize>, a: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if matches!(form(g), Form::Cuda) {
+        return cuda::matmul(g, columns, a, 1.0);
+    }
+    g.narrow(1, columns.start, columns.len())?.matmul(a)
+}
+
 /// `Σ dy W`, and `G A`
 fn sum_of_products<const N: usize>(
     dy: [&Tensor; N],
@@ -373,6 +424,14 @@ fn sum_of_products<const N: usize>(
     update: Option<(&Tensor, &Tensor)>,
 ) -> Result<Tensor> {
     let mut terms = dy.into_iter().zip(branches.iter().map(|branch| branch.weight));
+    #[cfg(feature = "cuda")]
+    if dy.iter().all(|dy| matches!(form(dy), Form::Cuda)) {
+        let dx = cuda::sum_of_products(terms)?;
+        if let Some((g, a)) = update {
+            cuda::add_low_rank(&dx, g, 0..dims2(g)?.1, a, Narrow::A, 1.0)?;
+        }
+        return Ok(dx);
+    }
     let Some((first, weight)) = terms.next() else { candle_core::bail!("no branch") };
     if has_kernel(first) {
         return for_real!(first, T => {
@@ -385,7 +444,7 @@ fn sum_of_products<const N: usize>(
             };
             let mut dx = match weight {
                 Weight::Dense(weight) => product(mat::<T>(first)?.get(), mat(weight)?.get()),
-                Weight::Quantized(_) => {
+                _ => {
                     let mut dx = vec![T::of(0.0); rows * columns];
                     onto(&mut dx, first, weight)?;
                     dx

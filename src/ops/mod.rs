@@ -19,7 +19,8 @@
 //! | [`divergence`] | KL of two distributions over the vocabulary, forward only | comparisons |
 //!
 //! Each has a composed form out of plain candle operations, which runs on any device, and a CPU kernel in `cpu`,
-//! which is what a CPU tensor takes. The tests hold the two to each other and both to finite differences in f64.
+//! which is what a CPU tensor takes. The tests hold the two to each other and both to finite differences in f64. With the
+//! feature `cuda` there are kernels for NVIDIA's GPUs too, in bf16 and f32; `src/bin/gpu_check` holds those to the CPU's.
 //!
 //! Shape letters: `T` rows (tokens of a packed batch), `D` hidden size, `H` query heads, `K` key/value heads, `E`
 //! head dimension, `F` MLP width, `V` vocabulary, `R` rank, `S` scored rows. Matrices are `[rows, columns]`, row-major.
@@ -27,6 +28,8 @@
 pub mod attention;
 pub mod completion_logps;
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod divergence;
 pub mod dropout;
 pub mod glu;
@@ -42,13 +45,35 @@ use candle_core::{Result, Tensor};
 pub(crate) use cpu::few::FEW;
 pub(crate) use cpu::vectorised;
 
-/// Whether the CPU kernels can take this tensor: on the CPU, in f32 or f64.
-fn has_kernel(tensor: &Tensor) -> bool {
+/// How an op computes.
+enum Form {
+    /// Out of candle's own operations.
+    Composed,
+    /// By the CPU kernels: on the CPU, in f32 or f64.
+    Cpu,
+    /// By the CUDA kernels: on a GPU, in bf16 or f32.
+    #[cfg(feature = "cuda")]
+    Cuda,
+}
+
+fn form(tensor: &Tensor) -> Form {
     #[cfg(test)]
     if check::composed_only() {
-        return false;
+        return Form::Composed;
     }
-    tensor.device().is_cpu() && matches!(tensor.dtype(), candle_core::DType::F32 | candle_core::DType::F64)
+    #[cfg(feature = "cuda")]
+    if cuda::has_kernel(tensor) {
+        return Form::Cuda;
+    }
+    match tensor.device().is_cpu() && matches!(tensor.dtype(), candle_core::DType::F32 | candle_core::DType::F64) {
+        true => Form::Cpu,
+        false => Form::Composed,
+    }
+}
+
+/// Whether the CPU kernels can take this tensor.
+fn has_kernel(tensor: &Tensor) -> bool {
+    matches!(form(tensor), Form::Cpu)
 }
 
 /// `[rows, columns]` of a matrix.

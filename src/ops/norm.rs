@@ -2,15 +2,20 @@
 
 use candle_core::{D, Result, Tensor};
 
-use super::{cpu, has_kernel};
+#[cfg(feature = "cuda")]
+use super::cuda;
+use super::{Form, cpu, form};
 
 /// Normalises the rows of `x [T, D]` by `weight [D]`. Returns `y [T, D]` and `ρ [T]`, which `backward` needs.
 ///
 /// # Errors
 /// What candle returns for wrong shapes or types.
 pub fn forward(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<(Tensor, Tensor)> {
-    if has_kernel(x) {
-        return cpu::norm::forward(x, weight, epsilon);
+    match form(x) {
+        Form::Cpu => return cpu::norm::forward(x, weight, epsilon),
+        #[cfg(feature = "cuda")]
+        Form::Cuda => return cuda::norm::forward(x, weight, epsilon),
+        Form::Composed => {}
     }
     let rho = (x.sqr()?.mean_keepdim(D::Minus1)? + epsilon)?.powf(-0.5)?;
     let y = x.broadcast_mul(&rho)?.broadcast_mul(weight)?;
@@ -22,8 +27,11 @@ pub fn forward(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<(Tensor, Ten
 /// # Errors
 /// What candle returns for wrong shapes or types.
 pub fn again(x: &Tensor, weight: &Tensor, rho: &Tensor) -> Result<Tensor> {
-    if has_kernel(x) {
-        return cpu::norm::again(x, weight, rho);
+    match form(x) {
+        Form::Cpu => return cpu::norm::again(x, weight, rho),
+        #[cfg(feature = "cuda")]
+        Form::Cuda => return cuda::norm::again(x, weight, rho),
+        Form::Composed => {}
     }
     x.broadcast_mul(&rho.unsqueeze(D::Minus1)?)?.broadcast_mul(weight)
 }
@@ -34,8 +42,11 @@ pub fn again(x: &Tensor, weight: &Tensor, rho: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// What candle returns for wrong shapes or types.
 pub fn backward(dy: &Tensor, x: &Tensor, weight: &Tensor, rho: &Tensor, onto: Option<&Tensor>) -> Result<Tensor> {
-    if has_kernel(x) {
-        return cpu::norm::backward(dy, x, weight, rho, onto);
+    match form(x) {
+        Form::Cpu => return cpu::norm::backward(dy, x, weight, rho, onto),
+        #[cfg(feature = "cuda")]
+        Form::Cuda => return cuda::norm::backward(dy, x, weight, rho, onto),
+        Form::Composed => {}
     }
     let rho = rho.unsqueeze(D::Minus1)?;
     let wdy = dy.broadcast_mul(weight)?;

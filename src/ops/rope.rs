@@ -5,7 +5,9 @@
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
-use super::{cpu, has_kernel};
+#[cfg(feature = "cuda")]
+use super::cuda;
+use super::{Form, cpu, form};
 
 /// Cosines and sines of the rows of one batch, made once and used in every layer, forward and backward.
 #[derive(Debug, Clone)]
@@ -65,8 +67,14 @@ impl Angles {
 /// # Errors
 /// What candle returns for wrong shapes.
 pub fn turn(x: &Tensor, angles: &Angles, turn: Turn) -> Result<Tensor> {
-    if has_kernel(x) {
-        return cpu::rope::turn(x, &angles.cos, &angles.sin, turn);
+    match form(x) {
+        Form::Cpu => return cpu::rope::turn(x, &angles.cos, &angles.sin, turn),
+        #[cfg(feature = "cuda")]
+        Form::Cuda => {
+            let turned = cuda::rope::turn(&[(x, &angles.cos, &angles.sin)], turn)?;
+            return turned.into_iter().next().ok_or_else(|| candle_core::Error::Msg("one matrix".into()));
+        }
+        Form::Composed => {}
     }
     let (rows, width) = x.dims2()?;
     let half = angles.cos.dims()[1];
@@ -81,6 +89,20 @@ pub fn turn(x: &Tensor, angles: &Angles, turn: Turn) -> Result<Tensor> {
     let turned_first = (first.broadcast_mul(&cos)? - second.broadcast_mul(&sin)?)?;
     let turned_second = (second.broadcast_mul(&cos)? + first.broadcast_mul(&sin)?)?;
     Tensor::cat(&[turned_first, turned_second], 2)?.reshape((rows, width))
+}
+
+/// [`turn`] of queries and of keys, each by their own rows' angles; on a GPU in one launch.
+///
+/// # Errors
+/// What candle returns for wrong shapes.
+pub fn turn_both([q, k]: [&Tensor; 2], angles: [&Angles; 2], way: Turn) -> Result<[Tensor; 2]> {
+    #[cfg(feature = "cuda")]
+    if matches!(form(q), Form::Cuda) {
+        let [of_q, of_k] = angles;
+        let turned = cuda::rope::turn(&[(q, &of_q.cos, &of_q.sin), (k, &of_k.cos, &of_k.sin)], way)?;
+        return turned.try_into().map_err(|_| candle_core::Error::Msg("two matrices".into()));
+    }
+    Ok([turn(q, angles[0], way)?, turn(k, angles[1], way)?])
 }
 
 #[cfg(test)]

@@ -14,6 +14,8 @@ use rayon::prelude::*;
 
 use serde::{Deserialize, Serialize};
 
+#[cfg(feature = "cuda")]
+use crate::ops::cuda::weight::Resident;
 use crate::ops::rows;
 use ggml::BlockType;
 use nf4::Nf4;
@@ -161,6 +163,9 @@ pub enum Weight {
     Dense(Tensor),
     /// In blocks.
     Quantized(Quantized),
+    /// In blocks on a GPU.
+    #[cfg(feature = "cuda")]
+    OnDevice(Resident),
 }
 
 /// A quantized matrix, stored row by row. Cloning it copies nothing.
@@ -177,6 +182,14 @@ pub struct Quantized {
 enum Format {
     Ggml(BlockType, Bytes),
     Nf4(Arc<Nf4>),
+}
+
+/// What a quantized matrix is made of.
+#[cfg(feature = "cuda")]
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Stored<'q> {
+    Ggml(BlockType, &'q [u8]),
+    Nf4(&'q Nf4),
 }
 
 /// Bytes in memory, or of a mapped file.
@@ -259,6 +272,16 @@ impl Quantized {
         }
     }
 
+    /// What it is made of, and the head's size where rows of each head stand in pairs.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn stored(&self) -> (Stored<'_>, Option<usize>) {
+        let stored = match &self.format {
+            Format::Ggml(kind, bytes) => Stored::Ggml(*kind, bytes),
+            Format::Nf4(nf4) => Stored::Nf4(nf4),
+        };
+        (stored, self.paired)
+    }
+
     /// Dequantizes one row.
     ///
     /// # Panics
@@ -313,6 +336,8 @@ impl Weight {
         match self {
             Self::Dense(tensor) => tensor.dims2(),
             Self::Quantized(quantized) => Ok((quantized.rows, quantized.columns)),
+            #[cfg(feature = "cuda")]
+            Self::OnDevice(resident) => Ok(resident.dims()),
         }
     }
 
@@ -322,10 +347,12 @@ impl Weight {
         match self {
             Self::Dense(tensor) => tensor.elem_count() * tensor.dtype().size_in_bytes(),
             Self::Quantized(quantized) => quantized.num_bytes(),
+            #[cfg(feature = "cuda")]
+            Self::OnDevice(resident) => resident.num_bytes(),
         }
     }
 
-    /// All of it, dequantized to `dtype` (F32 or F64).
+    /// All of it, dequantized to `dtype` (F32 or F64; on a GPU bf16 or F32).
     ///
     /// # Errors
     /// What candle returns.
@@ -337,6 +364,8 @@ impl Weight {
                 quantized.panel(0..quantized.rows, &mut values);
                 Tensor::from_vec(values, (quantized.rows, quantized.columns), &Device::Cpu)?.to_dtype(dtype)
             }
+            #[cfg(feature = "cuda")]
+            Self::OnDevice(resident) => resident.dense(dtype),
         }
     }
 
@@ -346,7 +375,9 @@ impl Weight {
     /// What candle returns.
     pub fn row_norms_squared(&self, dtype: DType) -> Result<Tensor> {
         match self {
-            Self::Dense(tensor) => tensor.sqr()?.sum(1)?.to_dtype(dtype),
+            Self::Dense(tensor) => tensor.to_dtype(dtype)?.sqr()?.sum(1),
+            #[cfg(feature = "cuda")]
+            Self::OnDevice(resident) => resident.dense(DType::F32)?.sqr()?.sum(1)?.to_dtype(dtype),
             Self::Quantized(quantized) => {
                 let norm = |row| {
                     let mut values = vec![0.0; quantized.columns];
@@ -374,6 +405,8 @@ impl Weight {
                 quantized.gather(|i| ids[i] as usize, &mut values);
                 Tensor::from_vec(values, (ids.len(), quantized.columns), &Device::Cpu)?.to_dtype(dtype)
             }
+            #[cfg(feature = "cuda")]
+            Self::OnDevice(resident) => resident.gather(ids, dtype),
         }
     }
 }

@@ -17,6 +17,7 @@ pub use resolved::{Inputs, Memory, Resolved};
 
 use crate::adapter::{AdapterConfig, peft};
 use crate::data::DataConfig;
+use crate::device::DeviceChoice;
 use crate::loss::Loss;
 use crate::model::{ModelConfig, Source};
 use crate::range::{Count, Share};
@@ -64,11 +65,19 @@ pub struct RunConfig {
     pub keep: Count,
     /// Whether event files for TensorBoard are written into `tb/`.
     pub tensorboard: bool,
+    /// Where the model computes.
+    pub device: DeviceChoice,
 }
 
 impl Default for RunConfig {
     fn default() -> Self {
-        Self { out: None, checkpoint_every: None, keep: Count::constant(2), tensorboard: true }
+        Self {
+            out: None,
+            checkpoint_every: None,
+            keep: Count::constant(2),
+            tensorboard: true,
+            device: DeviceChoice::Auto,
+        }
     }
 }
 

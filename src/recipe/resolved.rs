@@ -42,8 +42,12 @@ pub struct Inputs<'a> {
     pub eval: Option<&'a Dataset>,
     /// Bytes of the tokenizer.
     pub tokenizer: usize,
-    /// Free memory in bytes, where the system tells.
+    /// Free memory in bytes, where the system tells: of the GPU, if that computes.
     pub free: Option<usize>,
+    /// The device and why it is that one, in words.
+    pub device: &'a str,
+    /// Whether it is a GPU.
+    pub on_gpu: bool,
 }
 
 /// A recipe in which every value is known.
@@ -127,6 +131,7 @@ impl Resolved {
         let mut recipe = parsed.recipe.clone();
         let mut reasons = Vec::new();
         recipe.run.out = Some(inputs.out.to_owned());
+        reasons.push(("run.device", inputs.device.to_owned()));
         if let Some(commit) = inputs.commit {
             let named = recipe.model.revision.replace(commit.to_owned());
             let named = named.unwrap_or_else(|| hub::MAIN.to_owned());
@@ -163,7 +168,8 @@ impl Resolved {
             let reason = format!("with dropout {dropout} each completion of a prompt needs a mask of its own on it");
             reasons.push(("train.share_prompts", reason));
         }
-        let shape = Shape::new(inputs.decoder, inputs.ranks);
+        let mut shape = Shape::new(inputs.decoder, inputs.ranks);
+        shape.on_gpu = inputs.on_gpu;
         let (train, eval, tokenizer) = (inputs.train, inputs.eval, inputs.tokenizer);
         let demand = Demand::of(shape, train, eval, &recipe.loss, share_prompts, batch_size, tokenizer);
         let share = |free: usize| (free as f64 * SHARE_OF_FREE) as usize;

@@ -132,6 +132,8 @@ fn resolve(parsed: &Parsed, free: Option<usize>, dropout: f64) -> Result<Resolve
             eval: None,
             tokenizer: 1 << 20,
             free,
+            device: "cpu: asked for",
+            on_gpu: false,
         },
     )
 }

@@ -1,8 +1,10 @@
 //! AdamW, as `torch.optim.AdamW` computes it.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
 use crate::adapter::Adapters;
+#[cfg(feature = "cuda")]
+use crate::ops::cuda::adamw as cuda;
 
 const BETA1: f64 = 0.9;
 const BETA2: f64 = 0.999;
@@ -19,6 +21,9 @@ const EPSILON: f64 = 1e-8;
 pub struct AdamW {
     moments: Vec<Moments>,
     steps: u32,
+    /// On a GPU, the buffers that all moments are parts of, once there was a step.
+    #[cfg(feature = "cuda")]
+    flat: Option<[Tensor; 2]>,
 }
 
 /// Of one tensor: the running means of its gradient and of the gradient's square.
@@ -38,13 +43,29 @@ impl AdamW {
     pub fn new(adapters: &Adapters) -> Result<Self> {
         let zero =
             |(_, tensor): (_, &Tensor)| Ok(Moments { first: tensor.zeros_like()?, second: tensor.zeros_like()? });
-        Ok(Self { moments: adapters.tensors().map(zero).collect::<Result<_>>()?, steps: 0 })
+        Ok(Self::resume(adapters.tensors().map(zero).collect::<Result<_>>()?, 0))
     }
 
     /// Goes on with moments that were saved after `steps` updates.
     #[must_use]
     pub fn resume(moments: Vec<Moments>, steps: u32) -> Self {
-        Self { moments, steps }
+        Self {
+            moments,
+            steps,
+            #[cfg(feature = "cuda")]
+            flat: None,
+        }
+    }
+
+    /// The same on `device`.
+    ///
+    /// # Errors
+    /// What candle returns.
+    pub fn to_device(self, device: &Device) -> Result<Self> {
+        let to = |Moments { first, second }: &Moments| {
+            Ok(Moments { first: first.to_device(device)?, second: second.to_device(device)? })
+        };
+        Ok(Self::resume(self.moments.iter().map(to).collect::<Result<_>>()?, self.steps))
     }
 
     /// The moments, in the order of [`Adapters::tensors`].
@@ -64,6 +85,10 @@ impl AdamW {
         self.steps += 1;
         let steps = f64::from(self.steps);
         let correction = (1.0 - BETA2.powf(steps)).sqrt();
+        #[cfg(feature = "cuda")]
+        if gradients.iter().all(|gradient| gradient.device().is_cuda()) {
+            return self.step_flat(adapters, gradients, rate, correction);
+        }
         let mut updated = Vec::with_capacity(gradients.len());
         for (((name, tensor), gradient), moments) in adapters.tensors().zip(gradients).zip(&mut self.moments) {
             moments.first = ((&moments.first * BETA1)? + (gradient * (1.0 - BETA1))?)?;
@@ -76,6 +101,59 @@ impl AdamW {
             updated.push((decayed - ((&moments.first / denominator)? * size)?)?);
         }
         Ok(updated)
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl AdamW {
+    /// All tensors in one launch: those of `A` first, which have a learning rate of their own.
+    fn step_flat(
+        &mut self,
+        adapters: &Adapters,
+        gradients: &[Tensor],
+        rate: Rate,
+        correction: f64,
+    ) -> Result<Vec<Tensor>> {
+        let (names, tensors): (Vec<String>, Vec<&Tensor>) = adapters.tensors().unzip();
+        let (mut order, others): (Vec<usize>, Vec<usize>) =
+            (0..tensors.len()).partition(|&i| names[i].ends_with(".lora_A"));
+        let split = order.iter().map(|&i| tensors[i].elem_count()).sum();
+        order.extend(others);
+        let flat = |of: &dyn Fn(usize) -> Tensor| {
+            let ordered: Vec<Tensor> = order.iter().map(|&i| of(i)).collect();
+            cuda::flat(&ordered.iter().collect::<Vec<_>>())
+        };
+        // where each tensor begins
+        let mut starts = vec![0; tensors.len()];
+        let mut end = 0;
+        for &i in &order {
+            starts[i] = end;
+            end += tensors[i].elem_count();
+        }
+        let part =
+            |flat: &Tensor, i: usize| flat.narrow(0, starts[i], tensors[i].elem_count())?.reshape(tensors[i].shape());
+        let moments = match self.flat.take() {
+            Some(flat) => flat,
+            None => {
+                let both = [flat(&|i| self.moments[i].first.clone())?, flat(&|i| self.moments[i].second.clone())?];
+                let parts = |i| Ok(Moments { first: part(&both[0], i)?, second: part(&both[1], i)? });
+                self.moments = (0..tensors.len()).map(parts).collect::<Result<_>>()?;
+                both
+            }
+        };
+        let Rate { learning_rate, loraplus_ratio, weight_decay } = rate;
+        let rates = [learning_rate, learning_rate * loraplus_ratio];
+        let factors = cuda::Factors {
+            decay: rates.map(|rate| 1.0 - rate * weight_decay),
+            size: rates.map(|rate| rate / (1.0 - BETA1.powf(f64::from(self.steps)))),
+            betas: [BETA1, BETA2],
+            correction,
+            epsilon: EPSILON,
+        };
+        let (p, g) = (flat(&|i| tensors[i].clone())?, flat(&|i| gradients[i].clone())?);
+        let updated = cuda::step(&p, &g, moments.each_ref(), split, factors)?;
+        self.flat = Some(moments);
+        (0..tensors.len()).map(|i| part(&updated, i)).collect()
     }
 }
 
@@ -112,6 +190,10 @@ pub fn clip(gradients: &mut [Tensor], max_norm: f64) -> Result<f64> {
 /// # Errors
 /// What candle returns.
 pub fn norm(gradients: &[Tensor]) -> Result<f64> {
+    #[cfg(feature = "cuda")]
+    if !gradients.is_empty() && gradients.iter().all(|gradient| gradient.device().is_cuda()) {
+        return Ok(cuda::square_sum(&cuda::flat(&gradients.iter().collect::<Vec<_>>())?)?.sqrt());
+    }
     let mut sum = 0.0;
     for gradient in gradients {
         sum += gradient.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?;
@@ -121,8 +203,6 @@ pub fn norm(gradients: &[Tensor]) -> Result<f64> {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
-
     use super::*;
 
     #[test]

@@ -13,6 +13,7 @@ use super::optimizer::{self, AdamW, Rate};
 use super::reference::{self, Reference};
 use crate::adapter::{AdapterError, Gradients};
 use crate::data::Dataset;
+use crate::device;
 use crate::loss::{Loss, Scored, Sequence, Slopes, Update};
 use crate::model::memory::Saved;
 use crate::model::packed::{Packed, PromptSpan};
@@ -104,9 +105,27 @@ pub enum TrainError {
         "is it the adapter that was meant? One that is zero is the base itself: leave [adapter] init out"
     ))]
     NoChange,
+    /// A GPU has no memory left.
+    #[error("the GPU's memory is full")]
+    #[diagnostic(help("{help}"))]
+    GpuMemory {
+        /// What to lower.
+        help: &'static str,
+        /// From candle.
+        source: candle_core::Error,
+    },
     /// From candle.
     #[error("while computing")]
-    Candle(#[from] candle_core::Error),
+    Candle(#[source] candle_core::Error),
+}
+
+impl From<candle_core::Error> for TrainError {
+    fn from(error: candle_core::Error) -> Self {
+        match device::out_of_memory(&error) {
+            Some(help) => Self::GpuMemory { help, source: error },
+            None => Self::Candle(error),
+        }
+    }
 }
 
 /// A policy in training.
@@ -134,6 +153,17 @@ pub struct Progress {
     pub optimizer: AdamW,
     /// The reference's log-probs known so far.
     pub reference: Reference,
+}
+
+impl Progress {
+    /// The same on `device`.
+    ///
+    /// # Errors
+    /// What candle returns.
+    pub fn to_device(mut self, device: &candle_core::Device) -> candle_core::Result<Self> {
+        self.optimizer = self.optimizer.to_device(device)?;
+        Ok(self)
+    }
 }
 
 impl<'d> Trainer<'d> {

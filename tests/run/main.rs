@@ -3,6 +3,7 @@
 mod bad_input;
 mod eval;
 mod generate;
+mod device;
 mod hub;
 mod merged;
 mod plan;

@@ -9,7 +9,7 @@ use miette::Diagnostic;
 use thiserror::Error;
 
 use self::report::{Chosen, Data, Report, Sampling};
-use super::answering::Answering;
+use super::answering::{self, Answering};
 use super::trained::{Trained, candle, described};
 use super::{Failure, failed, print_json, request};
 use crate::cli::{self, Bound};
@@ -72,6 +72,7 @@ pub fn eval(arguments: &cli::Eval) -> Result<(), Failure> {
     let codec = trained.codec()?;
     let questions = questions(arguments, &codec, &console)?;
     let reference = trained.reference()?;
+    let chosen = answering::choose(arguments.device.device, &console)?;
 
     trained.base.fetch_weights(&console).map_err(super::prepare::from_base)?;
     let (decoder, _) = trained.base.load(trained.decoder.clone(), &console).map_err(failed)?;
@@ -79,6 +80,7 @@ pub fn eval(arguments: &cli::Eval) -> Result<(), Failure> {
     if let Some(reference) = reference {
         model = model.with_reference(reference).map_err(candle)?;
     }
+    let model = answering::placed(model, &chosen)?;
     let work = Work { arguments, loss: &loss, model: &model, codec: &codec, console: &console };
     let mut report = Report {
         name: arguments

@@ -78,7 +78,7 @@ pub(super) fn prepare(arguments: &cli::Run, console: &Console) -> Result<Prepare
         (Some(run), None) => run.resolved_recipe(),
         (None, None) => return Err(request(RequestError::NoRecipe)),
     };
-    let mut parsed = recipe::load(&path, &arguments.overrides, &working_directory).map_err(request)?;
+    let mut parsed = recipe::load(&path, &arguments.overrides(), &working_directory).map_err(request)?;
     if let Some(folder) = &resumed {
         keep_memory(&mut parsed, folder)?;
     }
@@ -98,7 +98,7 @@ pub(super) fn prepare(arguments: &cli::Run, console: &Console) -> Result<Prepare
     let resolved = setup.resolve(&out)?;
     resolved.memory.check(&setup.parsed).map_err(request)?;
     let expected_memory = setup.forecast(&resolved).inventory.total();
-    let Setup { parsed, base, decoder: decoder_config, modules, lora, codec, train, eval, .. } = setup;
+    let Setup { parsed, device, base, decoder: decoder_config, modules, lora, codec, train, eval, .. } = setup;
     let recipe = &parsed.recipe;
     let (source, loss) = (&recipe.model.source, recipe.loss.clone());
     let parameters = decoder_config.num_parameters();
@@ -185,6 +185,14 @@ pub(super) fn prepare(arguments: &cli::Run, console: &Console) -> Result<Prepare
     if recipe.reference_model() == ReferenceModel::Init {
         model = model.with_reference(initial).map_err(candle)?;
     }
+    // what the run does not need of a GPU holds layers dequantized
+    let spare =
+        device.free.map_or(0, |free| (free - free / 16).saturating_sub(resolved.memory.choice.at_most.total()));
+    let model = model.to_device(&device.device, device.dtype(), spare).map_err(candle)?;
+    let resumed = match resumed {
+        Some((state, progress)) => Some((state, progress.to_device(&device.device).map_err(candle)?)),
+        None => None,
+    };
     let run = Run { folder, resolved };
     Ok(Prepared { run, model, loss, codec, train, eval, base_name, fingerprints, expected_memory, resumed })
 }

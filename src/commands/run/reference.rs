@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use candle_core::DType;
 use serde_json::{Value, json};
 
 use super::super::{Failure, failed, user_cache};
@@ -75,6 +76,9 @@ pub(super) fn fill(
     // another adapter below it is another reference
     let init = fingerprints.init.as_ref().filter(|_| trainer.model().has_reference_adapter());
     let reference = init.map_or_else(|| fingerprints.base.clone(), |init| format!("{}+{init}", fingerprints.base));
+    // another element type gives other numbers
+    let dtype = trainer.model().decoder().dtype();
+    let reference = if dtype == DType::F32 { reference } else { format!("{reference}-{}", dtype.as_str()) };
     let cache = ReferenceCache::new(&root, &reference, config, train, shared);
     let cached = believed(&cache, &asked, trainer, budget, console, train)?;
     trainer.reference_mut().take(&cached);

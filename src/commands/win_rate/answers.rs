@@ -15,7 +15,7 @@ use thiserror::Error;
 use super::place::{Answers, Place};
 use super::{Failure, failed, request};
 use crate::cli;
-use crate::commands::answering::{Answered, Answering};
+use crate::commands::answering::{self, Answered, Answering};
 use crate::commands::prepare::from_base;
 use crate::commands::trained::{Trained, candle};
 use crate::commands::user_cache;
@@ -143,11 +143,16 @@ impl Request {
         interrupt: &Interrupt,
     ) -> Result<(), Failure> {
         let Self { trained, codec, prompts, about_prompts, against, policy_name, against_name } = self;
+        let chosen = answering::choose(arguments.device.device, console)?;
         trained.base.fetch_weights(console).map_err(from_base)?;
         let base = trained.base.fingerprint(trained.decoder.quant, console).map_err(failed)?;
         let policy = trained.adapters.fingerprint().map_err(failed)?;
         let template = codec.chat_template().map(|text| blake3::hash(text.as_bytes()).to_hex().to_string());
-        let sampling = sampling(&arguments.decoding);
+        let mut sampling = sampling(&arguments.decoding);
+        if chosen.device.is_cuda() {
+            // bf16 gives other answers than f32
+            sampling["dtype"] = json!(chosen.dtype().as_str());
+        }
         let base_name = trained.base_name();
         let kept =
             |adapter: &str| Kept::open(&base, &format!("{:?}", trained.decoder), adapter, &sampling, place, console);
@@ -175,6 +180,7 @@ impl Request {
             if let Against::Adapter(other) = &against {
                 model = model.with_reference(other.adapters.clone()).map_err(candle)?;
             }
+            let model = answering::placed(model, &chosen)?;
             let answering = Answering { model: &model, codec: &codec, decoding: &arguments.decoding };
             interrupt.save_first();
             if let Some((_, other)) = &mut other {

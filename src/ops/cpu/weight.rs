@@ -22,6 +22,8 @@ pub(crate) fn panels<T: Real>(
     let whole = match weight {
         Weight::Dense(_) => rows,
         Weight::Quantized(_) => (PANEL / columns.max(1)).max(64),
+        #[cfg(feature = "cuda")]
+        Weight::OnDevice(_) => candle_core::bail!("a CPU kernel was given a matrix on a GPU"),
     };
     let step = at_most.unwrap_or(whole).max(1);
     let ranges = (0..rows).step_by(step).map(|start| start..(start + step).min(rows));
@@ -43,6 +45,8 @@ pub(crate) fn panels<T: Real>(
                 with(range.clone(), Matrix::new(panel, range.len(), columns));
             }
         }
+        #[cfg(feature = "cuda")]
+        Weight::OnDevice(_) => {}
     }
     Ok(())
 }
@@ -70,6 +74,8 @@ impl<'w, T: Real> Rows<'w, T> {
         Ok(match weight {
             Weight::Dense(tensor) => Self::Dense(values(tensor)?, weight.dims()?.1),
             Weight::Quantized(quantized) => Self::Quantized(quantized),
+            #[cfg(feature = "cuda")]
+            Weight::OnDevice(_) => candle_core::bail!("a CPU kernel was given a matrix on a GPU"),
         })
     }
 
