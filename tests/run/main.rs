@@ -1,9 +1,9 @@
 //! `dpo-lora run` as its users meet it: the binary, its files, its messages, its exit codes.
 
 mod bad_input;
+mod device;
 mod eval;
 mod generate;
-mod device;
 mod hub;
 mod merged;
 mod plan;
