@@ -14,6 +14,7 @@ use super::run::{BeforeAfter, EvalFile, Judged, Margins, Run, Sample, State, Win
 use super::ticks::{number, percent};
 use crate::bytes;
 use crate::progress::{duration, thousands};
+use crate::statistics::wilson;
 
 /// A picture in a page: markup of our own, with its texts escaped already.
 type Svg = minijinja::Value;
@@ -232,16 +233,7 @@ fn pairs(run: &Run) -> Option<usize> {
         .or_else(|| count_at(&run.summary, "data.eval.facts.examples"))
 }
 
-/// Where a share of `k` out of `n` is with 95 % confidence (Wilson 1927).
-fn wilson(k: f64, n: f64) -> (f64, f64) {
-    const Z: f64 = 1.959_964;
-    let (p, z2n) = (k / n, Z * Z / n);
-    let centre = (p + z2n / 2.0) / (1.0 + z2n);
-    let half = Z / (1.0 + z2n) * (p * (1.0 - p) / n + z2n / (4.0 * n)).sqrt();
-    ((centre - half).max(0.0), (centre + half).min(1.0))
-}
-
-fn interval((low, high): (f64, f64)) -> String {
+fn interval([low, high]: [f64; 2]) -> String {
     format!("95 % interval {:.0} to {:.0} %", 100.0 * low, 100.0 * high)
 }
 
@@ -256,7 +248,7 @@ fn evidence(run: &Run) -> (Level, String, String) {
             Some((_, high)) if high < 0.5 => (Level::Bad, format!("Worse than {against}.")),
             _ => (Level::Watch, format!("No clear difference to {against}.")),
         };
-        let interval = win_rate.interval.map_or(String::new(), |both| format!(" ({})", interval(both)));
+        let interval = win_rate.interval.map_or(String::new(), |(low, high)| format!(" ({})", interval([low, high])));
         let sentence = format!(
             "Its answers win {:.1} % of {} prompts{interval}, judged by {}{}.",
             100.0 * win_rate.estimate,
@@ -269,11 +261,10 @@ fn evidence(run: &Run) -> (Level, String, String) {
     let (before, after) = run.history.before_and_after("rewards/accuracies");
     let moved = run.margins.rewards.before.iter().flatten().all(|margin| *margin == 0.0);
     if let (Some(accuracy), Some(pairs)) = (after.filter(|_| before.is_some()), pairs(run)) {
-        let n = pairs as f64;
-        let both = wilson(accuracy * n, n);
+        let both = wilson((accuracy * pairs as f64).round() as usize, pairs);
         let (level, headline) = match both {
-            (low, _) if low > 0.5 => (Level::Good, "It learned the preference."),
-            (_, high) if high < 0.5 => (Level::Bad, "It learned the opposite of the preference."),
+            [low, _] if low > 0.5 => (Level::Good, "It learned the preference."),
+            [_, high] if high < 0.5 => (Level::Bad, "It learned the opposite of the preference."),
             _ => (Level::Watch, "Whether it learned the preference is not clear."),
         };
         // the reward counts from the reference; only where that is the start is it a movement
@@ -863,16 +854,5 @@ mod tests {
         run.win_rates.clear();
         run.history = Default::default();
         assert_eq!(verdict(&run), (Level::Watch, "So far: nothing was held out.".into()));
-    }
-
-    /// The vectors are those of every textbook: 57 of 100, and the ends.
-    #[test]
-    fn wilsons_interval() {
-        for (k, n, low, high) in
-            [(57.0, 100.0, 0.472154, 0.662667), (0.0, 20.0, 0.0, 0.161125), (20.0, 20.0, 0.838875, 1.0)]
-        {
-            let (found_low, found_high) = wilson(k, n);
-            assert!((found_low - low).abs() < 1e-6 && (found_high - high).abs() < 1e-6, "{found_low} {found_high}");
-        }
     }
 }
