@@ -144,8 +144,8 @@ impl Server {
 fn texts(user: &str) -> Vec<String> {
     let Some(at) = user.find("<text-") else { return vec![user.to_owned()] };
     let mark = &user[at + 1..at + 14];
-    let parts = user.split(&format!("<{mark}>\n")).skip(1);
-    parts.filter_map(|part| Some(part.split_once(&format!("\n</{mark}>"))?.0.to_owned())).collect()
+    let (begin, end) = (format!("<{mark}>\n"), format!("\n</{mark}>"));
+    user.split(&begin).skip(1).filter_map(|part| Some(part.split_once(&end)?.0.to_owned())).collect()
 }
 
 /// Answers of both sides to prompts, in the folder `out`, as the first stage leaves them.
