@@ -45,7 +45,7 @@ pub enum Command {
     Chat(Chat),
     /// Is the policy better than the base, and how sure is that? A judge compares their answers.
     #[command(after_help = win_rate::HELP)]
-    WinRate(WinRate),
+    WinRate(Box<WinRate>),
 }
 
 const RUN_HELP: &str = "\
