@@ -1,5 +1,6 @@
 //! The command line.
 
+mod eval;
 mod win_rate;
 
 use std::path::PathBuf;
@@ -9,6 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::bytes::Bytes;
 use crate::export::check::Consumer;
 use crate::quant::Quant;
+pub use eval::{Bound, Eval};
 pub use win_rate::{Gate, JudgeArguments, Stage, WinRate};
 
 /// Preference-tune a language model with LoRA adapters, from one recipe.
@@ -38,6 +40,9 @@ pub enum Command {
     /// Hold a merged or quantized model against base and adapter.
     #[command(after_help = COMPARE_HELP)]
     Compare(Compare),
+    /// Measure what an adapter has changed: preferences, distance from the base, answers, other abilities.
+    #[command(after_help = eval::HELP)]
+    Eval(Eval),
     /// Answer prompts, with the adapter on, off, or both.
     #[command(after_help = GENERATE_HELP)]
     Generate(Generate),

@@ -17,6 +17,7 @@
 //! | [`adapter`] | LoRA and PEFT's files |
 //! | [`loss`] | one file a loss |
 //! | [`judge`] | which of two answers is better: judges, verdicts, win rates |
+//! | [`eval`] | what an adapter has changed, without a judge |
 //! | [`export`] | merged models, and adapters for other programs |
 //! | [`statistics`] | honest comparisons: scores, intervals, tests, control for length and style |
 //! | [`train`] | updates, optimizer, schedule, evaluation, checkpoints |
@@ -30,6 +31,7 @@ pub mod bytes;
 pub mod cli;
 pub mod commands;
 pub mod data;
+pub mod eval;
 pub mod export;
 pub mod files;
 pub mod gguf;

@@ -18,6 +18,7 @@ fn main() -> ExitCode {
         Command::Export(export) => commands::export::export(export),
         Command::Merge(merge) => commands::merge::merge(merge),
         Command::Compare(compare) => commands::compare::compare(compare),
+        Command::Eval(eval) => commands::eval::eval(eval),
         Command::Generate(generate) => commands::generate::generate(generate),
         Command::Chat(chat) => commands::chat::chat(chat),
         Command::WinRate(win_rate) => commands::win_rate::win_rate(win_rate),

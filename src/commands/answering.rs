@@ -27,6 +27,9 @@ pub(super) struct Answered {
     /// Without the one that ended it.
     pub(super) tokens: usize,
     pub(super) end: End,
+    /// Those tokens.
+    #[serde(skip)]
+    pub(super) ids: Vec<u32>,
 }
 
 impl Answering<'_> {
@@ -78,8 +81,8 @@ impl Answering<'_> {
                 let end = if answer.stopped() { Some(End::Stop) } else { next.end };
                 if let Some(end) = end {
                     let (_, number, answer) = going.remove(at);
-                    let tokens = answer.ids().len();
-                    done.push((number, Answered { text: answer.text().to_owned(), tokens, end }));
+                    let ids = answer.ids().to_vec();
+                    done.push((number, Answered { text: answer.text().to_owned(), tokens: ids.len(), end, ids }));
                 }
                 end.is_none()
             });
@@ -120,7 +123,7 @@ impl Answering<'_> {
             step.map_err(candle)?;
         }
         shown.map_err(|e| Failure::Failed(miette::miette!("cannot write the answer: {e}")))?;
-        Ok(Answered { text: answer.text().to_owned(), tokens: answer.ids().len(), end })
+        Ok(Answered { text: answer.text().to_owned(), tokens: answer.ids().len(), end, ids: answer.ids().to_vec() })
     }
 
     fn request(&self, prompt: &Prompt, sample: u64) -> Request {

@@ -4,6 +4,7 @@ mod accounts;
 mod answering;
 pub mod chat;
 pub mod compare;
+pub mod eval;
 pub mod export;
 pub mod generate;
 pub mod merge;

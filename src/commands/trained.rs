@@ -22,6 +22,7 @@ use crate::progress::{Console, short};
 use crate::quant::Quant;
 use crate::recipe::{self, Recipe};
 use crate::train::checkpoint;
+use crate::train::reference::ReferenceModel;
 
 /// An adapter and what it belongs to.
 #[derive(Debug)]
@@ -174,6 +175,16 @@ impl Trained {
 
     /// The held-out pairs: those of `data`, or of the run; none where neither is known.
     pub(super) fn held_out(&self, data: Option<&Path>, console: &Console) -> Result<Option<Dataset>, Failure> {
+        self.held_out_for(Examples::Pairs, data, console)
+    }
+
+    /// The same as a loss that learns from `examples` reads them; pairs stay pairs.
+    pub(super) fn held_out_for(
+        &self,
+        examples: Examples,
+        data: Option<&Path>,
+        console: &Console,
+    ) -> Result<Option<Dataset>, Failure> {
         let own = self.recipe.as_ref().and_then(|recipe| recipe.data.eval.clone());
         let Some(sources) = data.map(Sources::one).or(own) else { return Ok(None) };
         let config = match &self.recipe {
@@ -181,12 +192,21 @@ impl Trained {
             None => DataConfig::of(sources.clone()),
         };
         let codec = self.codec()?;
-        let wanted = Wanted { examples: Examples::Pairs, keep_pairs: true };
+        let wanted = Wanted { examples, keep_pairs: true };
         let dataset = data::load(&sources, &config, &codec, wanted, console).map_err(|error| match error {
             DataError::Hub(error) if error.cause != Cause::Request => failed(error),
             other => request(other),
         })?;
         Ok(Some(dataset))
+    }
+
+    /// The adapter that the policy is compared with, where its run says that it is not the base alone.
+    pub(super) fn reference(&self) -> Result<Option<Adapters>, Failure> {
+        let Some(recipe) = &self.recipe else { return Ok(None) };
+        match (&recipe.adapter.init, recipe.reference_model()) {
+            (Some(init), ReferenceModel::Init) => read(init, &self.decoder.modules()).map(Some),
+            _ => Ok(None),
+        }
     }
 
     /// Writes the tokenizer and chat template that stand beside the adapter, if any; in a folder with the base's own, over

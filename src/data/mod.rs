@@ -5,6 +5,7 @@
 //! prompt and completion; a [`Dataset`] keeps ids only. What cannot be trained on is dropped, counted by reason and
 //! listed with its file and row, or refused: nothing is repaired silently.
 
+mod choices;
 mod codec;
 mod dataset;
 mod encode;
@@ -22,6 +23,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+pub use choices::{ChoiceForm, Question, load_choices};
 pub use codec::Codec;
 pub use dataset::{Dataset, DropReason, Dropped, Drops, Example, Facts};
 pub use prompts::{Answer, Prompt, load_prompts};

@@ -12,13 +12,12 @@ use crate::data::Dataset;
 use crate::model::packed::rows;
 use crate::model::{BaseFiles, Decoder, DecoderConfig, Packed, Packer, PromptSpan};
 use crate::ops::completion_logps::{self, Head, TokenScore, Want};
+use crate::ops::divergence::{self, Divergence};
 use crate::progress::{Bar, Console};
 use crate::quant::Weight;
 
 /// Rows that are packed into one batch, but for a single longer pair.
 const BATCH_ROWS: usize = 1024;
-/// Rows whose logits are held at once.
-const LOGIT_ROWS: usize = 64;
 
 /// What became of the updates of a layer's modules.
 #[derive(Debug, Clone, Default, Serialize)]
@@ -239,16 +238,9 @@ impl Witnesses {
         for (batch, policy) in self.batches.iter().zip(&self.hidden) {
             let hidden = decoder.hidden(batch, None)?;
             logps.extend(sums(batch, &hidden, head)?);
-            let rows = batch.targets.len();
-            for start in (0..rows).step_by(LOGIT_ROWS) {
-                let part = |hidden: &Tensor, head: Head<'_>| {
-                    let hidden = hidden.narrow(0, start, LOGIT_ROWS.min(rows - start))?;
-                    head.logits(&hidden.contiguous()?)?.to_vec2::<f32>()
-                };
-                let (p, q) = (part(policy, policy_head)?, part(&hidden, head)?);
-                let both: Vec<(f64, bool)> = p.par_iter().zip(&q).map(|(p, q)| divergence(p, q)).collect();
-                kl += both.iter().map(|(kl, _)| kl).sum::<f64>();
-                top1 += both.iter().filter(|(_, same)| *same).count();
+            for Divergence { kl: of_row, same_top } in divergence::of_rows((policy, policy_head), (&hidden, head))? {
+                kl += of_row;
+                top1 += usize::from(same_top);
             }
             Bar::advance(&bar, 1);
         }
@@ -289,36 +281,9 @@ fn sums(batch: &Packed, hidden: &Tensor, head: Head<'_>) -> Result<Vec<[f64; 2]>
     Ok(pairs.iter().map(|spans| spans.each_ref().map(|span| sum(&scores[span.clone()]))).collect())
 }
 
-/// KL(p ‖ q) of the distributions that two rows of logits give, and whether the most probable token is the same.
-fn divergence(p: &[f32], q: &[f32]) -> (f64, bool) {
-    let top = |logits: &[f32]| {
-        logits.iter().enumerate().fold((0, f32::NEG_INFINITY), |top, (i, &x)| if x > top.1 { (i, x) } else { top })
-    };
-    let (top_p, top_q) = (top(p), top(q));
-    let log_sum = |logits: &[f32], top: f32| {
-        f64::from(top) + logits.iter().map(|&x| f64::from(x - top).exp()).sum::<f64>().ln()
-    };
-    let (log_p, log_q) = (log_sum(p, top_p.1), log_sum(q, top_q.1));
-    let kl = p.iter().zip(q).map(|(&p, &q)| {
-        let (p, q) = (f64::from(p) - log_p, f64::from(q) - log_q);
-        p.exp() * (p - q)
-    });
-    // below zero by rounding only
-    (kl.sum::<f64>().max(0.0), top_p.0 == top_q.0)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn divergence_is_that_of_the_distributions() {
-        // p = (1/2, 1/4, 1/4), q = (1/4, 1/4, 1/2): ½ ln 2 + ¼ ln ½ = ¼ ln 2, whatever is added to the logits
-        let (p, q) = ([2f32.ln() + 3.0, 3.0, 3.0], [-1.0, -1.0, 2f32.ln() - 1.0]);
-        let (kl, same) = divergence(&p, &q);
-        assert!((kl - 2f64.ln() / 4.0).abs() < 1e-6 && !same, "{kl}");
-        assert_eq!(divergence(&p, &p), (0.0, true));
-    }
 
     #[test]
     fn an_update_that_rounding_takes_away_is_not_kept() {

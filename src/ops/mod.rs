@@ -16,6 +16,7 @@
 //! | [`dropout`] | the adapter input's dropout, repeatable from a key | adapters |
 //! | [`rows`] | rows taken out of a matrix | embedding, scored rows |
 //! | [`completion_logps`] | log-probabilities of given tokens and their gradient, in one pass | the head |
+//! | [`divergence`] | KL of two distributions over the vocabulary, forward only | comparisons |
 //!
 //! Each has a composed form out of plain candle operations, which runs on any device, and a CPU kernel in `cpu`,
 //! which is what a CPU tensor takes. The tests hold the two to each other and both to finite differences in f64.
@@ -26,6 +27,7 @@
 pub mod attention;
 pub mod completion_logps;
 pub(crate) mod cpu;
+pub mod divergence;
 pub mod dropout;
 pub mod glu;
 pub mod linear;

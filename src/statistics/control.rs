@@ -260,14 +260,15 @@ impl Logistic<'_> {
             }
             let mut next = &at - &step;
             let mut reached = self.loss(&next, weights);
+            let worse = |reached: f64| reached > loss || reached.is_nan();
             let mut halvings = 0;
-            while !(reached <= loss) && halvings < 40 {
+            while worse(reached) && halvings < 40 {
                 step *= 0.5;
                 next = &at - &step;
                 reached = self.loss(&next, weights);
                 halvings += 1;
             }
-            if !(reached <= loss) {
+            if worse(reached) {
                 // as good as floating point can tell
                 break;
             }

@@ -68,7 +68,7 @@ struct RankingCase {
 }
 
 fn fixture() -> Fixture {
-    serde_json::from_str(include_str!("../../tests/fixtures/statistics.json")).unwrap()
+    serde_json::from_str(include_str!("../../tests/fixtures/statistics.json")).expect("JSON")
 }
 
 #[test]
@@ -123,8 +123,8 @@ fn label_share_is_alpaca_evals_and_knows_what_is_no_vote() {
     let p = |x: f64| x.ln();
     // white space is no other label; alpaca_eval: 2 − exp(lp_m − logsumexp(lp_m, lp_M)) is 1 + the share of M
     let tokens = [(" M", p(0.5)), ("m", p(0.2)), ("M", p(0.1)), ("x", p(0.2))];
-    close(label_share(tokens, "M", "m").unwrap(), 0.75, 1e-12);
-    close(label_share(tokens, "m", "M").unwrap(), 0.25, 1e-12);
+    close(label_share(tokens, "M", "m").expect("there is one"), 0.75, 1e-12);
+    close(label_share(tokens, "m", "M").expect("there is one"), 0.25, 1e-12);
     assert_eq!(label_share([("M", p(0.9))], "M", "m"), Some(1.0));
     assert_eq!(label_share([("M", p(0.3)), ("m", p(0.1)), ("The", p(0.6))], "M", "m"), None);
     assert_eq!(label_share([], "M", "m"), None);
@@ -133,10 +133,10 @@ fn label_share_is_alpaca_evals_and_knows_what_is_no_vote() {
 
 #[test]
 fn order_table_has_the_published_numbers() {
-    let orders = Orders::of_table([[41, 6, 3], [8, 30, 2], [3, 2, 5]]).unwrap();
+    let orders = Orders::of_table([[41, 6, 3], [8, 30, 2], [3, 2, 5]]).expect("there is one");
     assert_eq!(orders.agreement, 0.76);
-    close(orders.kappa.unwrap(), 0.584775, 5e-7);
-    close(orders.first_slot_share.unwrap(), 88.0 / 180.0, 1e-12);
+    close(orders.kappa.expect("there is one"), 0.584775, 5e-7);
+    close(orders.first_slot_share.expect("there is one"), 88.0 / 180.0, 1e-12);
     assert_eq!(orders.flip_rate, 0.14);
     assert!(orders.warnings().is_empty());
     // the same prompts as votes
@@ -146,13 +146,13 @@ fn order_table_has_the_published_numbers() {
         for (&count, second) in row.iter().zip(value) {
             let votes = Votes { first: Some(first), second: Some(second) };
             for _ in 0..count {
-                scores.push(votes.score().unwrap());
-                conservative.push(votes.conservative().unwrap());
-                outcomes.push(votes.outcomes().unwrap());
+                scores.push(votes.score().expect("there is one"));
+                conservative.push(votes.conservative().expect("there is one"));
+                outcomes.push(votes.outcomes().expect("there is one"));
             }
         }
     }
-    assert_eq!(Orders::of(outcomes).unwrap(), orders);
+    assert_eq!(Orders::of(outcomes).expect("there is one"), orders);
     let clusters = Clusters::each(scores.len());
     let win_rate = FEW.share(&scores, &clusters);
     close(win_rate.estimate, 0.56, 1e-12);
@@ -165,11 +165,11 @@ fn order_table_has_the_published_numbers() {
 #[test]
 fn a_judge_that_always_says_a_is_seen_through() {
     let outcomes = vec![[Outcome::Win, Outcome::Loss]; 40];
-    let orders = Orders::of(outcomes).unwrap();
+    let orders = Orders::of(outcomes).expect("there is one");
     assert_eq!((orders.agreement, orders.flip_rate, orders.first_slot_share), (0.0, 1.0, Some(1.0)));
     assert_eq!(orders.warnings().len(), 2);
     assert_eq!(Orders::of([]), None);
-    let ties = Orders::of([[Outcome::Tie; 2]]).unwrap();
+    let ties = Orders::of([[Outcome::Tie; 2]]).expect("there is one");
     assert_eq!((ties.first_slot_share, ties.kappa), (None, None));
 }
 
@@ -203,7 +203,7 @@ fn length_control_has_the_published_numbers() {
     ];
     let clusters = Clusters::each(10);
     for (ridge, phi, theta, estimate) in cases {
-        let fit = length_controlled(&SCORES, &POLICY, &BASE, &clusters, ridge, FEW).unwrap();
+        let fit = length_controlled(&SCORES, &POLICY, &BASE, &clusters, ridge, FEW).expect("there is one");
         close(fit.sd, 91.0448607, 5e-8);
         close(fit.phi, -phi, 5e-8);
         close(fit.theta, theta, 5e-8);
@@ -222,7 +222,8 @@ fn controlled_win_rates_are_scipys() {
     // scipy's minimum, found without gradients of ours, has about eight digits
     for case in fixture().length {
         let clusters = Clusters::each(case.scores.len());
-        let fit = length_controlled(&case.scores, &case.policy, &case.against, &clusters, case.ridge, FEW).unwrap();
+        let fit = length_controlled(&case.scores, &case.policy, &case.against, &clusters, case.ridge, FEW)
+            .expect("there is one");
         close(fit.theta, case.theta, 1e-6);
         close(fit.phi, case.phi, 1e-6);
     }
@@ -234,7 +235,8 @@ fn controlled_win_rates_are_scipys() {
                 .collect::<Vec<_>>()
         };
         let (policy, against) = (side(&case.policy), side(&case.against));
-        let fit = style_controlled(&case.scores, &policy, &against, &clusters, case.ridge, FEW).unwrap();
+        let fit =
+            style_controlled(&case.scores, &policy, &against, &clusters, case.ridge, FEW).expect("there is one");
         close(fit.theta, case.theta, 1e-6);
         assert_eq!(fit.coefficients.len(), case.phi.len());
         fit.coefficients.iter().zip(case.phi).for_each(|(is, ought)| close(is.phi, ought, 1e-6));
@@ -263,7 +265,7 @@ fn a_win_rate_that_length_explains_is_one_half_at_equal_length() {
     let clusters = Clusters::each(scores.len());
     let raw = FEW.share(&scores, &clusters);
     assert!(raw.against(0.5).is_gt(), "{raw:?}");
-    let fit = length_controlled(&scores, &policy, &against, &clusters, LENGTH_RIDGE, FEW).unwrap();
+    let fit = length_controlled(&scores, &policy, &against, &clusters, LENGTH_RIDGE, FEW).expect("there is one");
     assert!(fit.interval[0] < 0.5 && 0.5 < fit.interval[1], "{fit:?}");
     assert!(fit.phi_interval[0] > 0.0 && fit.explained > 0.05, "{fit:?}");
 }
@@ -272,13 +274,13 @@ fn a_win_rate_that_length_explains_is_one_half_at_equal_length() {
 fn one_sided_scores_have_finite_controlled_rates() {
     let clusters = Clusters::each(10);
     for won in [0.0, 1.0] {
-        let fit = length_controlled(&[won; 10], &POLICY, &BASE, &clusters, LENGTH_RIDGE, FEW).unwrap();
+        let fit = length_controlled(&[won; 10], &POLICY, &BASE, &clusters, LENGTH_RIDGE, FEW).expect("there is one");
         assert!((fit.estimate - won).abs() < 1e-6 && fit.theta.is_finite() && fit.phi.is_finite(), "{fit:?}");
     }
     // a judge that picks the longer answer, always: without a ridge there is no end either
     let longer: Vec<f64> = POLICY.iter().zip(BASE).map(|(&p, b)| f64::from(u8::from(p > b))).collect();
     for ridge in [0.0, LENGTH_RIDGE] {
-        let fit = length_controlled(&longer, &POLICY, &BASE, &clusters, ridge, FEW).unwrap();
+        let fit = length_controlled(&longer, &POLICY, &BASE, &clusters, ridge, FEW).expect("there is one");
         assert!(fit.phi > 5.0 && fit.phi.is_finite() && fit.interval.iter().all(|x| x.is_finite()), "{fit:?}");
     }
 }
@@ -291,7 +293,7 @@ fn strengths_have_the_published_numbers() {
             comparisons.push(Comparison { one, other, score: f64::from(u8::from(i < won)), cluster: i });
         }
     }
-    let ratings = bradley_terry(3, &comparisons, FEW).unwrap();
+    let ratings = bradley_terry(3, &comparisons, FEW).expect("there is one");
     for (rating, (beta, elo)) in ratings.iter().zip([(0.0, 0.0), (-0.4960222, -86.1679), (-1.2568068, -218.3297)]) {
         close(rating.beta, beta, 5e-8);
         close(rating.elo, elo, 5e-5);
@@ -315,7 +317,7 @@ fn strengths_are_scipys_and_of_two_systems_the_win_rate() {
                 comparisons.extend((0..times).map(|_| Comparison { one, other, score: won / all, cluster: 0 }));
             }
         }
-        let ratings = bradley_terry(beta.len(), &comparisons, Bootstrap { draws: 1, seed: 0 }).unwrap();
+        let ratings = bradley_terry(beta.len(), &comparisons, Bootstrap { draws: 1, seed: 0 }).expect("there is one");
         // the counts are rounded to a thousandth of one
         ratings.iter().zip(beta).for_each(|(rating, beta)| close(rating.beta, beta, 1e-4));
     }
@@ -324,17 +326,17 @@ fn strengths_are_scipys_and_of_two_systems_the_win_rate() {
         .enumerate()
         .map(|(cluster, &score)| Comparison { one: 1, other: 0, score, cluster })
         .collect();
-    close(bradley_terry(2, &two, FEW).unwrap()[1].against_first, mean(&SCORES[..9]), 1e-12);
+    close(bradley_terry(2, &two, FEW).expect("there is one")[1].against_first, mean(&SCORES[..9]), 1e-12);
 }
 
 #[test]
 fn judges_agree_as_scikit_learn_and_scipy_say() {
     for case in fixture().judges {
-        let agreement = Agreement::of(&case.one, &case.other).unwrap();
+        let agreement = Agreement::of(&case.one, &case.other).expect("there is one");
         close(agreement.agreement, case.agreement, 1e-12);
-        close(agreement.agreement_without_ties.unwrap(), case.agreement_without_ties, 1e-12);
-        close(agreement.kappa.unwrap(), case.kappa, 1e-12);
-        close(agreement.spearman.unwrap(), case.spearman, 1e-12);
+        close(agreement.agreement_without_ties.expect("there is one"), case.agreement_without_ties, 1e-12);
+        close(agreement.kappa.expect("there is one"), case.kappa, 1e-12);
+        close(agreement.spearman.expect("there is one"), case.spearman, 1e-12);
     }
     assert_eq!(spearman(&[1.0, 1.0], &[0.0, 1.0]), None);
     assert_eq!(Agreement::of(&[], &[]), None);
@@ -345,9 +347,13 @@ fn longer_counts_from_31_characters_on_and_without_ties() {
     let (policy, against) = ([131, 130, 50, 300, 10], [100, 100, 200, 100, 400]);
     // the second differs by 30, the fourth is a tie; of the others the longer one wins the first and the last
     let scores = [0.8, 1.0, 0.6, 0.5, 0.0];
-    close(prefers_longer(&scores, &policy, &against).unwrap(), 2.0 / 3.0, 1e-12);
+    close(prefers_longer(&scores, &policy, &against).expect("there is one"), 2.0 / 3.0, 1e-12);
     assert_eq!(prefers_longer(&[0.5], &[500], &[10]), None);
-    close(prefers_with(&[1.0, 0.0, 1.0], [true, true, true], [false, false, true]).unwrap(), 0.5, 1e-12);
+    close(
+        prefers_with(&[1.0, 0.0, 1.0], [true, true, true], [false, false, true]).expect("there is one"),
+        0.5,
+        1e-12,
+    );
 }
 
 #[test]
@@ -403,7 +409,9 @@ fn an_interval_of_95_percent_covers_95_percent() {
                     let bias = if order == Order::PolicyFirst { 0.7 } else { -0.7 };
                     Some(f64::from(u8::from(uniform() < sigmoid(quality + bias))))
                 };
-                Votes { first: vote(Order::PolicyFirst), second: vote(Order::PolicySecond) }.score().unwrap()
+                Votes { first: vote(Order::PolicyFirst), second: vote(Order::PolicySecond) }
+                    .score()
+                    .expect("there is one")
             })
             .collect();
         let [low, high] = Bootstrap { draws: 1000, seed }.share(&scores, &clusters).interval;

@@ -11,6 +11,8 @@ use crate::model::{Adapter, Keep, Model};
 #[derive(Debug)]
 pub struct Evaluation<'d> {
     data: &'d Dataset,
+    /// Number of each item's example.
+    examples: Vec<usize>,
     items: Vec<Item<'d>>,
     layout: Layout,
     batches: Vec<Vec<usize>>,
@@ -24,10 +26,16 @@ impl<'d> Evaluation<'d> {
     /// that of training.
     #[must_use]
     pub fn new(data: &'d Dataset, loss: &Loss, share_prompts: bool, budget: usize) -> Self {
-        let items: Vec<_> = (0..data.len()).map(|index| Item::example(data, index)).collect();
+        Self::of((0..data.len()).collect(), data, loss, share_prompts, budget)
+    }
+
+    /// The same for some of the examples, by number.
+    #[must_use]
+    pub fn of(examples: Vec<usize>, data: &'d Dataset, loss: &Loss, share_prompts: bool, budget: usize) -> Self {
+        let items: Vec<_> = examples.iter().map(|&index| Item::example(data, index)).collect();
         let layout = Layout::new(loss, share_prompts);
         let batches = layout.micro_batches(&items, budget);
-        Self { data, items, layout, batches, budget, reference: Vec::new() }
+        Self { data, examples, items, layout, batches, budget, reference: Vec::new() }
     }
 
     /// Number of examples.
@@ -55,7 +63,26 @@ impl<'d> Evaluation<'d> {
         step: usize,
         advance: &dyn Fn(u64),
     ) -> Result<Metrics, TrainError> {
-        let kl = if loss.needs_kl() { mismatched_kl(model, &self.items, self.layout, self.budget)? } else { 0.0 };
+        Ok(self.examine(model, loss, Adapter::On, step, advance)?.0)
+    }
+
+    /// The metrics of [`measure`](Self::measure) for the model with `policy` on, and what each example was scored to. With
+    /// [`Adapter::Off`] they are those of the base.
+    ///
+    /// # Errors
+    /// See [`TrainError`].
+    pub(crate) fn examine(
+        &mut self,
+        model: &Model,
+        loss: &Loss,
+        policy: Adapter,
+        step: usize,
+        advance: &dyn Fn(u64),
+    ) -> Result<(Metrics, Vec<Scored>), TrainError> {
+        let kl = match loss.needs_kl() {
+            true => mismatched_kl(model, policy, &self.items, self.layout, self.budget)?,
+            false => 0.0,
+        };
         let sides = |item: &Item<'_>| [item.chosen, item.rejected].into_iter().flatten().count();
         let examples = match loss.examples() {
             Examples::Labelled => self.items.iter().map(sides).sum(),
@@ -63,13 +90,18 @@ impl<'d> Evaluation<'d> {
         };
         let update = Update { examples, nll_tokens: nll_tokens(&self.items, loss), kl };
         // the same numbers, need not be computed twice
-        let same = model.is_reference()?;
+        let same = match policy {
+            Adapter::On => model.is_reference()?,
+            Adapter::Off => !model.has_reference_adapter(),
+            Adapter::Reference => true,
+        };
+        let mut all = vec![Scored::default(); self.items.len()];
         let mut tally = Tally::default();
         let (mut k2, mut tokens) = (0.0, 0);
         for (number, batch) in self.batches.iter().enumerate() {
             let items: Vec<_> = batch.iter().map(|&i| self.items[i]).collect();
             let (packed, parts) = (self.layout.pack(&items), self.layout.parts(&items));
-            let scores = model.forward(&packed, Adapter::On, Keep::Scores)?.scores;
+            let scores = model.forward(&packed, policy, Keep::Scores)?.scores;
             if self.reference.len() == number {
                 let reference = match same {
                     true => &scores,
@@ -95,10 +127,11 @@ impl<'d> Evaluation<'d> {
                 .collect();
             let evaluated = loss.evaluate(&inputs.iter().map(|(_, row)| *row).collect::<Vec<_>>(), &update)?;
             for ((example, row), &loss) in inputs.iter().zip(&evaluated.losses) {
-                check_finite(step, self.data, *example, row, loss)?;
+                check_finite(step, self.data, self.examples[*example], row, loss)?;
             }
             tally.add(loss, &scored, &parts, &sums);
             tally.add_losses(&evaluated.losses, &evaluated.terms);
+            batch.iter().zip(scored).for_each(|(&i, scored)| all[i] = scored);
             advance(batch.len() as u64);
         }
         let mut metrics = Metrics::default();
@@ -108,7 +141,7 @@ impl<'d> Evaluation<'d> {
         if let Some(perplexity) = tally.chosen_perplexity() {
             metrics.push("perplexity", perplexity);
         }
-        Ok(metrics)
+        Ok((metrics, all))
     }
 }
 

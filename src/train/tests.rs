@@ -165,7 +165,7 @@ fn the_kl_of_kto_is_that_of_each_mismatched_completion_by_itself() {
     let items: Vec<_> = (0..data.len()).map(|index| super::batch::Item::example(&data, index)).collect();
     let kl = |share_prompts, budget| {
         let layout = super::batch::Layout::new(&loss, share_prompts);
-        super::trainer::mismatched_kl(&model, &items, layout, budget).expect("computed")
+        super::trainer::mismatched_kl(&model, crate::model::Adapter::On, &items, layout, budget).expect("computed")
     };
     let expected = kl(false, 1);
     assert!(expected > 0.0, "{expected}");

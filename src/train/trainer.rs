@@ -291,7 +291,8 @@ impl<'d> Trainer<'d> {
         let layout = Layout::new(&self.loss, self.plan.share_prompts);
         let items: Vec<_> = examples.iter().map(|&index| Item::example(self.data, index)).collect();
         let budget = self.plan.micro_batch_tokens;
-        let kl = if self.loss.needs_kl() { mismatched_kl(&self.model, &items, layout, budget)? } else { 0.0 };
+        let kl =
+            if self.loss.needs_kl() { mismatched_kl(&self.model, Adapter::On, &items, layout, budget)? } else { 0.0 };
         let update = Update { examples: items.len(), nll_tokens: nll_tokens(&items, &self.loss), kl };
         let first = self.step == 0;
 
@@ -488,6 +489,7 @@ pub(super) fn nll_tokens(items: &[Item<'_>], loss: &Loss) -> usize {
 /// one; where there is none, nothing can be mismatched and the estimate is zero.
 pub(super) fn mismatched_kl(
     model: &Model,
+    policy: Adapter,
     items: &[Item<'_>],
     layout: Layout,
     budget: usize,
@@ -509,7 +511,7 @@ pub(super) fn mismatched_kl(
         let logps = |adapter| -> candle_core::Result<f64> {
             Ok(model.forward(&packed, adapter, Keep::Scores)?.scores.iter().map(|score| score.logp).sum())
         };
-        sum += logps(Adapter::On)? - logps(Adapter::Reference)?;
+        sum += logps(policy)? - logps(Adapter::Reference)?;
     }
     Ok((sum / mismatched.len() as f64).max(0.0))
 }

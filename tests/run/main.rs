@@ -1,6 +1,7 @@
 //! `dpo-lora run` as its users meet it: the binary, its files, its messages, its exit codes.
 
 mod bad_input;
+mod eval;
 mod hub;
 mod merged;
 mod plan;

@@ -559,7 +559,7 @@ fn answered(response: &Value) -> Answered {
     let text = Answer { response }.text().unwrap_or_default().to_owned();
     let was_cut = response.pointer("/choices/0/finish_reason").and_then(Value::as_str) == Some("length");
     let tokens = Usage::of(response).completion as usize;
-    Answered { text, tokens, end: if was_cut { End::Length } else { End::Stop } }
+    Answered { text, tokens, end: if was_cut { End::Length } else { End::Stop }, ids: Vec::new() }
 }
 
 /// What adapters are called: the names of their folders, a run's where they are a run's.
