@@ -316,7 +316,15 @@ impl Work<'_> {
 }
 
 fn prompt_of(ids: &[u32]) -> Prompt {
-    Prompt { ids: ids.to_vec(), text: String::new(), id: None, category: None, group: None, reference: None }
+    Prompt {
+        ids: ids.to_vec(),
+        text: String::new(),
+        turns: Vec::new(),
+        id: None,
+        category: None,
+        group: None,
+        reference: None,
+    }
 }
 
 /// What a file of questions is called in a table.
