@@ -357,7 +357,7 @@ impl Caller<'_> {
                 Err(Trouble::Fatal { problem, help }) => return Err(NoAnswer::Fatal(problem, help)),
                 Err(Trouble::Later { problem, wait, limited }) => {
                     if limited {
-                        self.pace.too_many(wait);
+                        self.pace.too_many();
                     }
                     (problem, wait)
                 }

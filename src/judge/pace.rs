@@ -91,12 +91,11 @@ impl Pace {
         state.hold_for(hold);
     }
 
-    /// The endpoint asks for fewer calls.
-    pub fn too_many(&self, hold: Option<f64>) {
+    /// The endpoint asks for fewer calls. Who was refused waits; the others go on, half as many at once.
+    pub fn too_many(&self) {
         let mut state = self.state();
         state.good = 0;
         state.limit = (state.limit / 2).max(1);
-        state.hold_for(hold);
     }
 
     /// Calls that may be made at once now.
@@ -146,9 +145,9 @@ mod tests {
         let turns: Vec<Turn<'_>> = (0..8).map(|_| pace.turn(1, || false).expect("a turn")).collect();
         assert!(!free(&pace, 1) && pace.turn(1, || true).is_none());
         drop(turns);
-        pace.too_many(None);
+        pace.too_many();
         assert_eq!(pace.limit(), 4);
-        (0..3).for_each(|_| pace.too_many(None));
+        (0..3).for_each(|_| pace.too_many());
         assert_eq!(pace.limit(), 1);
         (0..60).for_each(|_| pace.went_well(None));
         assert_eq!(pace.limit(), 4);

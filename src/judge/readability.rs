@@ -203,7 +203,7 @@ pub fn syllables(word: &str) -> usize {
     for (i, pair) in letters.windows(2).enumerate() {
         let (before, rest) = (i.checked_sub(1).map(|i| letters[i]), &word[i..]);
         let apart = match pair {
-            b"ia" => !(matches!(before, Some(b'c' | b't' | b'g')) || before == Some(b'l') && rest == "ian"),
+            b"ia" => !matches!((before, rest), (Some(b'c' | b't' | b'g'), _) | (Some(b'l'), "ian")),
             b"io" => {
                 !matches!((before, rest), (Some(b't' | b's' | b'g' | b'c' | b'x'), _) | (Some(b'l'), "ion" | "ions"))
                     || word == "lion"

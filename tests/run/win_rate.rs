@@ -33,6 +33,11 @@ impl Call {
         self.texts.first().is_some_and(|text| text == "What is two and two?")
     }
 
+    /// Whether it says again how to answer.
+    fn is_reminded(&self) -> bool {
+        self.body["messages"].to_string().contains("in another form cannot be read")
+    }
+
     /// What was asked, and whether the policy's answer is A.
     fn place(&self) -> (String, bool) {
         (self.texts[0].clone(), self.texts[1].contains("policy"))
@@ -144,9 +149,8 @@ impl Server {
 fn texts(user: &str) -> Vec<String> {
     let Some(at) = user.find("<text-") else { return vec![user.to_owned()] };
     let mark = &user[at + 1..at + 14];
-    let opening = format!("<{mark}>\n");
-    let parts = user.split(&opening).skip(1);
-    parts.filter_map(|part| Some(part.split_once(&format!("\n</{mark}>"))?.0.to_owned())).collect()
+    let (begin, end) = (format!("<{mark}>\n"), format!("\n</{mark}>"));
+    user.split(&begin).skip(1).filter_map(|part| Some(part.split_once(&end)?.0.to_owned())).collect()
 }
 
 /// Answers of both sides to prompts, in the folder `out`, as the first stage leaves them.
@@ -315,7 +319,7 @@ fn killed_while_judging_it_goes_on_and_asks_nothing_twice() {
         match number % 5 {
             0 => call.policy(false),
             1 => verdict("tie"),
-            2 if call.before == 0 => say("hm"),
+            2 if !call.is_reminded() => say("hm"),
             _ => call.policy(true),
         }
     };
@@ -324,8 +328,7 @@ fn killed_while_judging_it_goes_on_and_asks_nothing_twice() {
     let server = Server::start(reply);
     assert_code(&judge(&place, &server, "whole", &[]), 0);
     let (_, whole) = report(&place, "whole", &[]);
-
-    let server = Server::start(reply);
+    server.calls().clear();
     let lines = || fs::read_to_string(place.path("killed/judgements.jsonl")).map_or(0, |text| text.lines().count());
     for at_least in [8, 20, 33] {
         let mut command = command(&place, &server, "killed", "judge", &["-j", "4"]);
@@ -552,8 +555,9 @@ fn trading_the_sides_mirrors_the_result() {
     mirrored("/win_rate/estimate", "/win_rate/estimate");
     mirrored("/win_rate/interval/0", "/win_rate/interval/1");
     mirrored("/length_controlled/estimate", "/length_controlled/estimate");
-    assert_eq!(number(&results[0], "/length_controlled/phi"), number(&results[1], "/length_controlled/phi"));
-    // the same questions in the other order were not asked again: both folders have their own
+    // what length adds is the same seen from either side, but for the order of sums
+    let phi = |result| number(result, "/length_controlled/phi");
+    assert!((phi(&results[0]) - phi(&results[1])).abs() < 1e-9);
     assert_eq!(results[0]["wins"], results[1]["losses"]);
 }
 
@@ -572,7 +576,8 @@ fn reports_are_made_offline_and_are_the_same_bytes() {
     let text = place.read("out/judgements.jsonl").replace("\\\"A\\\"", "\\\"tie\\\"");
     place.write("out/judgements.jsonl", text);
     let (_, result) = report(&place, "out", &[]);
-    assert_eq!(result["win_rate"]["estimate"], 0.25);
+    // where the policy is first A has become a tie; where it is second B still wins
+    assert_eq!(result["win_rate"]["estimate"], 0.75);
     assert_eq!(server.calls().len(), calls);
 
     // two processes do not ask and pay for the same
