@@ -993,7 +993,11 @@ fn an_answer_that_comes_in_tokens_is_the_text_of_all_of_them() {
             for (i, &id) in ids.iter().enumerate() {
                 answer.push(id);
                 shown += &answer.news(i + 1 == ids.len());
-                assert_eq!(answer.text(), codec.decode(&ids[..=i]));
+                // of a character that is not whole, some decoders make one sign and some several
+                let so_far = codec.decode(&ids[..=i]);
+                if !so_far.ends_with(char::REPLACEMENT_CHARACTER) {
+                    assert_eq!(answer.text(), so_far);
+                }
             }
             assert_eq!(shown, codec.decode(&ids));
             // what goes on after a part of it is the rest
