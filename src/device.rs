@@ -126,8 +126,8 @@ pub enum DeviceError {
     /// The GPU is of another architecture than the kernels.
     #[error("{choice} is {name} of compute capability {}.{}, for which this binary has no kernels", capability.0, capability.1)]
     #[diagnostic(help(
-        "capability 8.0 and above can be used (A100, RTX 30 and later); above it, build for this one: \
-         `scripts/cuda_build build {}`; or device = \"cpu\"", capability.0 * 10 + capability.1
+        "capability 8.0 and above can be used (A100, RTX 30 and later), and none below that which a binary was built for: \
+         `scripts/cuda_build build 80` makes one for all of them; or device = \"cpu\""
     ))]
     Architecture {
         /// What was asked for.

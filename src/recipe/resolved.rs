@@ -18,6 +18,8 @@ use crate::train::reference::ReferenceModel;
 
 /// A run takes at most this share of the memory that is free, where the recipe sets none.
 const SHARE_OF_FREE: f64 = 0.75;
+/// The same of a GPU, which seldom has to serve anybody else meanwhile.
+const SHARE_OF_GPU: f64 = 0.9;
 /// What a run takes at most where the system does not tell what is free.
 const UNKNOWN_FREE: usize = 4 << 30;
 
@@ -97,7 +99,8 @@ impl Memory {
             (Origin::Recipe | Origin::Set, _) => format!("{budget} of memory are too little: the run needs {needed}"),
             (Origin::Default, Some(free)) => {
                 format!(
-                    "the run needs {needed} of memory, more than three quarters of the {} that are free",
+                    "the run needs {needed} of memory, more than {} of the {} that are free",
+                    if self.demand.shape.on_gpu { "nine tenths" } else { "three quarters" },
                     bytes::shown(free)
                 )
             }
@@ -172,7 +175,8 @@ impl Resolved {
         shape.on_gpu = inputs.on_gpu;
         let (train, eval, tokenizer) = (inputs.train, inputs.eval, inputs.tokenizer);
         let demand = Demand::of(shape, train, eval, &recipe.loss, share_prompts, batch_size, tokenizer);
-        let share = |free: usize| (free as f64 * SHARE_OF_FREE) as usize;
+        let of_free = if inputs.on_gpu { SHARE_OF_GPU } else { SHARE_OF_FREE };
+        let share = |free: usize| (free as f64 * of_free) as usize;
         let default_budget = inputs.free.map_or(UNKNOWN_FREE, share);
         let budget = recipe.train.memory.map_or(default_budget, Bytes::get);
         let choice = demand.choose(budget, recipe.train.micro_batch_tokens.map(Count::get));
