@@ -20,11 +20,6 @@ use crate::bytes::Bytes;
 use crate::device::DeviceChoice;
 use crate::export::check::Consumer;
 use crate::quant::Quant;
-use crate::bytes::Bytes;
-use crate::export::check::Consumer;
-use crate::quant::Quant;
-pub use eval::{Bound, Eval};
-pub use win_rate::{Gate, JudgeArguments, Stage, WinRate};
 
 /// Preference-tune a language model with LoRA adapters, from one recipe.
 #[derive(Debug, Parser)]
