@@ -474,7 +474,9 @@ mod tests {
         }
         let (parts, ()) = response.body(()).expect("a response").into_parts();
         let value: Option<Value> = serde_json::from_str(body).ok();
-        endpoint.refusal(&parts, value.as_ref(), body, &chat(Some(Form::Json)), *endpoint.adapted())
+        // copied out first: the lock would be held while it is asked for again
+        let adapted = *endpoint.adapted();
+        endpoint.refusal(&parts, value.as_ref(), body, &chat(Some(Form::Json)), adapted)
     }
 
     #[test]

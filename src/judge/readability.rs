@@ -32,7 +32,8 @@ impl Readability {
     /// Counts a text. None where it has no word, or where most of its letters are not of the Latin script, whose words the
     /// formulas know nothing about.
     ///
-    /// A sentence ends with `.`, `!`, `?`, `…` or `:` before white space, and with a line break. A word is a run of letters
+    /// A sentence ends with `.`, `!`, `?`, `…` or `:` before white space, and with a line break; dots before a small letter
+    /// are those of an abbreviation or an omission. A word is a run of letters
     /// and digits with apostrophes in it; parts joined by hyphens are words of their own. A number is one word of one
     /// syllable. See [`syllables`].
     #[must_use]
@@ -126,8 +127,10 @@ fn sentences(text: &str) -> impl Iterator<Item = &str> {
                 {
                     after.next();
                 }
-                if after.peek().is_some_and(|(_, c)| c.is_whitespace()) {
-                    end = after.peek().map_or(rest.len(), |(at, _)| *at);
+                let Some(&(at, next)) = after.peek() else { break };
+                let goes_on = matches!(c, '.' | '…') && rest[at..].trim_start().starts_with(char::is_lowercase);
+                if next.is_whitespace() && !goes_on {
+                    end = at;
                     break;
                 }
             }

@@ -296,7 +296,8 @@ fn candidates(logits: &[f32], ids: &[u32], sampling: &Sampling) -> Vec<(u32, f64
     let below = |i: usize| f64::from(logits[best] - logits[i]) / temperature;
     let mut kept: Vec<(u32, f64)> =
         (0..logits.len()).map(|i| (i as u32, below(i))).filter(|(_, below)| *below < NEVER).collect();
-    kept.sort_unstable_by(|one, two| one.1.total_cmp(&two.1).then(one.0.cmp(&two.0)));
+    // of equals transformers leaves out the first one first
+    kept.sort_unstable_by(|one, two| one.1.total_cmp(&two.1).then(two.0.cmp(&one.0)));
     if let Some((_, last)) = top_k.checked_sub(1).and_then(|last| kept.get(last)).copied() {
         // and what is equal to the last
         kept.retain(|(_, below)| *below <= last);
