@@ -6,7 +6,7 @@ use std::process::{Output, Stdio};
 
 use serde_json::Value;
 
-use super::{Place, pairs, stderr};
+use super::{Place, stderr};
 
 /// A run of a few updates.
 fn trained() -> Place {
@@ -36,7 +36,8 @@ fn with_input(place: &Place, arguments: &[&str], input: &str) -> Output {
 #[test]
 fn an_answer_depends_on_its_prompt_and_seed_and_nothing_else() {
     let place = trained();
-    place.write("prompts.jsonl", pairs(5));
+    let question = |i: usize| format!("{}\n", serde_json::json!({ "prompt": format!("What is number {i}?") }));
+    place.write("prompts.jsonl", (0..5).map(question).collect::<String>());
     let answers = |more: &[&str]| {
         let base = ["generate", "run", "--prompts", "prompts.jsonl", "--json", "-q", "--max-new-tokens", "12"];
         rows(&place.run(&[&base[..], more].concat()))
@@ -94,7 +95,7 @@ fn what_cannot_be_answered_is_said_with_its_place() {
         (&["--prompts", "none.jsonl"], "none.jsonl: has no rows"),
         (&["--prompts", "long.jsonl"], "and the model takes"),
         (&[], "there is no prompt"),
-        (&["--prompt", "x", "--temperature", "-1"], "it is a number from 0 on"),
+        (&["--prompt", "x", "--temperature=-1"], "it is a number from 0 on"),
         (&["--prompt", "x", "--top-p", "1.5"], "it is a number from 0 to 1"),
         (&["--prompt", "x", "--max-new-tokens", "0"], "0 is not in 1.."),
     ] {
