@@ -198,6 +198,9 @@ impl<'c> Answer<'c> {
         /// No tokenizer looks further back.
         const ENOUGH: usize = 6;
         let context = &context[context.len().saturating_sub(ENOUGH)..];
+        // which may not begin within a character: some decoders then make signs of all that are spelled in bytes
+        let is_whole = |at: &usize| !codec.decode(&context[*at..]).contains(char::REPLACEMENT_CHARACTER);
+        let context = &context[(0..context.len()).find(is_whole).unwrap_or(context.len())..];
         Self {
             codec,
             stops: stops.into(),
