@@ -302,11 +302,18 @@ fn evidence(run: &Run) -> (Level, String, String) {
 
 fn verdict(run: &Run, checks: &[Check]) -> Verdict {
     let (level, headline, sentence) = evidence(run);
-    let count = |wanted: Level| checks.iter().filter(|check| check.level == wanted).count();
+    // those of an evaluation are shown with it, and count here
+    let evaluated = run.eval.iter().flat_map(|eval| &eval.checks).map(|check| match check.verdict.as_str() {
+        "bad" => Level::Bad,
+        "watch" => Level::Watch,
+        _ => Level::Good,
+    });
+    let levels: Vec<Level> = checks.iter().map(|check| check.level).chain(evaluated).collect();
+    let count = |wanted: Level| levels.iter().filter(|level| **level == wanted).count();
     let things =
         |n: usize, what: &str| if n == 1 { format!("1 thing {what}s") } else { format!("{n} things {what}") };
     let look = match (count(Level::Bad), count(Level::Watch)) {
-        (0, 0) if checks.is_empty() => String::new(),
+        (0, 0) if levels.is_empty() => String::new(),
         (0, 0) => " Nothing looks wrong.".to_owned(),
         (0, watch) => format!(" {}: see below.", things(watch, "deserve") + " a look"),
         (bad, 0) => format!(" {}: see below.", things(bad, "look") + " wrong"),
@@ -314,7 +321,7 @@ fn verdict(run: &Run, checks: &[Check]) -> Verdict {
     };
     let headline =
         if run.state == State::Finished { headline } else { format!("So far: {}", lower_first(&headline)) };
-    let worst = checks.iter().map(|check| check.level).max().unwrap_or(Level::Good);
+    let worst = levels.iter().copied().max().unwrap_or(Level::Good);
     Verdict { level: level.max(worst), headline, sentence: sentence + &look }
 }
 

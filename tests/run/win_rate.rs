@@ -594,7 +594,7 @@ fn wrong_requests_say_what_to_do() {
     many(&place, "out", 2);
     for (arguments, problem) in [
         (&["--out", "out", "--stage", "judge"][..], "no judge is named"),
-        (&["--stage", "generate"], "it is not said where the comparison is kept"),
+        (&["--stage", "generate"], "no judge is named"),
         (&["--judge", "readable"], "there is no such judge"),
         (&["--judge", "readability", "--price", "1,2"], "--price means nothing to --judge readability"),
         (&["--judge-model", "m", "--max-cost", "1"], "what has no price"),

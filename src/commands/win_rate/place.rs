@@ -41,8 +41,11 @@ pub(super) struct Answers {
 
 #[derive(Debug, Error, Diagnostic)]
 enum PlaceError {
-    #[error("it is not said where the comparison is kept")]
-    #[diagnostic(help("name the folder with --out, or the judge with --judge or --judge-model"))]
+    #[error("no judge is named")]
+    #[diagnostic(help(
+        "--judge readability needs no network; --judge-model NAME asks a model, --judge FILE one that a file describes; or --out names \
+         a comparison that has its judge"
+    ))]
     NoName,
     #[error("{} is no run, so --out has to say where the comparison is kept", .0.display())]
     #[diagnostic(help("--out DIR"))]
