@@ -10,7 +10,7 @@ use super::answering::{self, Answered, Answering};
 use super::trained::Trained;
 use super::{Failure, request};
 use crate::cli::{self, Side};
-use crate::data::{Codec, Prompt, Sources, load_prompts};
+use crate::data::{Codec, Columns, Prompt, Sources, load_prompts};
 use crate::model::Adapter;
 use crate::progress::Console;
 
@@ -73,7 +73,8 @@ fn prompts(arguments: &cli::Generate, codec: &Codec, console: &Console) -> Resul
     }
     match &arguments.prompts {
         Some(file) if file.as_os_str() != "-" => {
-            prompts.extend(load_prompts(&Sources::one(file), codec, arguments.plain, console).map_err(request)?);
+            let rows = load_prompts(&Sources::one(file), &Columns::default(), codec, arguments.plain, console);
+            prompts.extend(rows.map_err(request)?);
         }
         None if !prompts.is_empty() => {}
         _ => {

@@ -59,41 +59,70 @@ const UNDERSTOOD: &str = "a prompt is a text or a message list in `prompt`, `ins
 
 /// Reads the prompts of files. A row of preferences has the prompt that is trained on; of a conversation that ends with an
 /// answer, the answer is left out; a text by itself is the user's message where the model has a chat template, unless
-/// `plain`.
+/// `plain`. `columns` are those that a recipe has other names for. Rows of preferences that cannot be trained on have no
+/// prompt here either: they are left out, and counted on the console.
 ///
 /// # Errors
-/// A file is missing or broken, a row has no prompt, or no row is there.
+/// A file is missing or broken, another row has no prompt, or no row is left.
 pub fn load_prompts(
     sources: &Sources,
+    columns: &super::Columns,
     codec: &Codec,
     plain: bool,
     console: &Console,
 ) -> Result<Vec<Prompt>, DataError> {
-    struct Reading<'a>(Vec<Prompt>, &'a Codec, bool, PathBuf);
+    struct Reading<'a> {
+        prompts: Vec<Prompt>,
+        codec: &'a Codec,
+        plain: bool,
+        file: PathBuf,
+        /// How many rows were left out, and what is wrong with the first of them.
+        left_out: (usize, Option<DataError>),
+    }
     impl Rows for Reading<'_> {
         fn columns(&mut self, _: Vec<String>) -> Result<(), DataError> {
             Ok(())
         }
 
         fn row(&mut self, Row { place, values, .. }: Row) -> Result<(), DataError> {
-            let prompt = of_row(values, self.1, self.2)
-                .map_err(|bad| DataError::row(&self.3, place, bad.detail).help(UNDERSTOOD))?;
-            self.0.push(prompt);
+            let has_answers = has_answers(&values);
+            match of_row(values, self.codec, self.plain) {
+                Ok(prompt) => self.prompts.push(prompt),
+                Err(bad) => {
+                    let error = DataError::row(&self.file, place, bad.detail).help(UNDERSTOOD);
+                    if !has_answers {
+                        return Err(error);
+                    }
+                    let (count, first) = &mut self.left_out;
+                    *count += 1;
+                    first.get_or_insert(error);
+                }
+            }
             Ok(())
         }
     }
     let files = source::resolve(sources, console)?;
     let bar = console.bytes_bar("reading prompts", files.iter().map(|file| file.bytes).sum());
-    let mut reading = Reading(Vec::new(), codec, plain, PathBuf::new());
+    let mut reading = Reading { prompts: Vec::new(), codec, plain, file: PathBuf::new(), left_out: (0, None) };
     for file in &files {
-        reading.3.clone_from(&file.name);
-        let own = |name: &str| super::format::COLUMNS.iter().chain(&COLUMNS).find(|own| **own == name).copied();
+        reading.file.clone_from(&file.name);
+        let own = |name: &str| columns.own_name(name).or_else(|| COLUMNS.iter().find(|own| **own == name).copied());
         file.read(&own, &bar, &mut reading)?;
     }
-    match files.first() {
-        Some(file) if reading.0.is_empty() => Err(DataError::file(&file.name, "has no rows")),
-        _ => Ok(reading.0),
+    drop(bar);
+    let Reading { prompts, left_out: (count, first), .. } = reading;
+    match (files.first(), first) {
+        (_, Some(first)) if prompts.is_empty() => return Err(first),
+        (Some(file), None) if prompts.is_empty() => return Err(DataError::file(&file.name, "has no rows")),
+        (_, Some(first)) => console.fact("", format_args!("{count} rows are left out; the first is {first}")),
+        _ => {}
     }
+    Ok(prompts)
+}
+
+/// Whether it is a row of preferences.
+fn has_answers(row: &Columns) -> bool {
+    ["chosen", "rejected", "completion"].iter().any(|key| row.contains_key(*key))
 }
 
 fn of_row(mut row: Columns, codec: &Codec, plain: bool) -> Result<Prompt, Bad> {
@@ -106,7 +135,7 @@ fn of_row(mut row: Columns, codec: &Codec, plain: bool) -> Result<Prompt, Bad> {
     };
     let (id, category) = (text(&["id", "uid", "prompt_id"]), text(&["category", "dataset", "domain"]));
     let (group, reference) = (text(&["group", "subject"]), text(&["reference"]));
-    let prompt = if ["chosen", "rejected", "completion"].iter().any(|key| row.contains_key(*key)) {
+    let prompt = if has_answers(&row) {
         let shape = Shape::recognise(&row).map_err(|problem| Bad::new(super::DropReason::Malformed, problem))?;
         match shape.record(row, codec.chat_template().is_some())? {
             Record::Plain(sides) => codec.prompt(&sides.prompt, true)?,
@@ -301,10 +330,20 @@ mod tests {
     }
 
     fn read(codec: &Codec, name: &str, text: &str, plain: bool) -> Result<Vec<Prompt>, DataError> {
+        read_columns(&crate::data::Columns::default(), codec, name, text, plain)
+    }
+
+    fn read_columns(
+        columns: &crate::data::Columns,
+        codec: &Codec,
+        name: &str,
+        text: &str,
+        plain: bool,
+    ) -> Result<Vec<Prompt>, DataError> {
         let place = tempfile::tempdir().expect("a folder");
         let file = place.path().join(name);
         std::fs::write(&file, text).expect("written");
-        load_prompts(&Sources::one(&file), codec, plain, &Console::silent())
+        load_prompts(&Sources::one(&file), columns, codec, plain, &Console::silent())
     }
 
     #[test]
@@ -338,6 +377,20 @@ mod tests {
             (prompt.id.as_deref(), prompt.category.as_deref(), prompt.group.as_deref(), prompt.reference.as_deref());
         assert_eq!(all, (Some("7"), Some("weather"), Some("ice"), Some("Ice.")));
         assert_eq!((&prompt.ids, &prompt.text), (&asked.ids, &asked.text));
+        // pairs that are none are left out, unless none is left
+        let pairs = r#"{"prompt": "What is hail?", "chosen": "Ice.", "rejected": "Rain."}
+            {"prompt": "What is rain?", "chosen": "Water.", "rejected": 3}"#;
+        assert_eq!(read(&codec, "rows.jsonl", &pairs.replace("\n            ", "\n"), false).expect("read").len(), 1);
+        let broken = r#"{"prompt": "What is rain?", "chosen": "Water.", "rejected": 3}"#;
+        assert!(read(&codec, "rows.jsonl", broken, false).is_err());
+        // under the names that a recipe gives its columns
+        let columns = crate::data::Columns { prompt: Some("asked".into()), ..Default::default() };
+        let [named] =
+            &read_columns(&columns, &codec, "rows.jsonl", r#"{"asked": "What is hail?"}"#, false).expect("read")[..]
+        else {
+            panic!("one row")
+        };
+        assert_eq!(named, &asked);
         // as it stands, it is no user's message
         let [plain] = &read(&codec, "rows.jsonl", shapes[0], true).expect("read")[..] else { panic!("one row") };
         assert_eq!(codec.decode(&plain.ids), question);

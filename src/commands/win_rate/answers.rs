@@ -19,7 +19,7 @@ use crate::commands::answering::{self, Answered, Answering};
 use crate::commands::prepare::from_base;
 use crate::commands::trained::{Trained, candle};
 use crate::commands::user_cache;
-use crate::data::{Codec, Prompt, Sources, load_prompts};
+use crate::data::{Codec, Columns, Prompt, Sources, load_prompts};
 use crate::files::cannot_write;
 use crate::interrupt::Interrupt;
 use crate::judge::Calls;
@@ -307,13 +307,16 @@ fn prompts(
         (None, Some(eval)) => eval.clone(),
         (None, None) => return Err(request(AnswersError::NoPrompts)),
     };
-    let all = load_prompts(&sources, codec, arguments.plain, console).map_err(request)?;
+    // the recipe's names of columns are those of its own files
+    let named = data.map(|data| data.columns.clone()).unwrap_or_default();
+    let columns = if arguments.prompts.is_some() { Columns::default() } else { named.clone() };
+    let all = load_prompts(&sources, &columns, codec, arguments.plain, console).map_err(request)?;
     let (rows, mut seen) = (all.len(), BTreeSet::new());
     let mut prompts: Vec<Prompt> = all.into_iter().filter(|prompt| seen.insert(prompt.ids.clone())).collect();
     let distinct = prompts.len();
     let mut leaked = Value::Null;
     if let Some(data) = data {
-        match load_prompts(&data.train, codec, arguments.plain, &Console::silent()) {
+        match load_prompts(&data.train, &named, codec, arguments.plain, &Console::silent()) {
             Ok(trained_on) => {
                 let trained_on: BTreeSet<Vec<u32>> = trained_on.into_iter().map(|prompt| prompt.ids).collect();
                 let known: Vec<&Prompt> = prompts.iter().filter(|prompt| trained_on.contains(&prompt.ids)).collect();
