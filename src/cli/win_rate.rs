@@ -132,7 +132,7 @@ pub struct JudgeArguments {
     /// `readability`, or a TOML file that describes an endpoint; what is given beside it counts more.
     #[arg(long, value_name = "NAME|FILE")]
     pub judge: Option<String>,
-    /// The endpoint, up to where `/chat/completions` begins [default: https://api.openai.com/v1].
+    /// The endpoint, up to where `/chat/completions` begins [default: OpenAI's].
     #[arg(long, value_name = "URL")]
     pub judge_url: Option<String>,
     /// The model that judges.
