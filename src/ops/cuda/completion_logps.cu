@@ -45,11 +45,13 @@ __device__ void score_tokens(const float* logits, const unsigned* targets, float
     unsigned target = targets[blockIdx.x];
     if (threadIdx.x == 0) {
         float at_target = capped(row[target], cap);
-        float* of_row = scores + 4ll * blockIdx.x;
+        float* of_row = scores + 5ll * blockIdx.x;
         of_row[0] = at_target - largest - logf(sum);
         of_row[1] = logf(sum) - along / sum;
         of_row[2] = total / (float)vocabulary;
         of_row[3] = at_target >= largest ? 1.0f : 0.0f;
+        // of the most probable token
+        of_row[4] = -logf(sum);
     }
     if (!gradient) return;
     // (onehot - softmax) (1 - (z / cap)^2)

@@ -1,6 +1,6 @@
 //! The head: logits of some rows in f32, then one pass of our own over them, then the product that makes the gradient.
 
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{D, DType, Result, Tensor, bail};
 
 use super::driver::{Launch, Onto, Operand, empty, gemm, modules};
 use super::weight::matrix;
@@ -29,7 +29,8 @@ pub(crate) fn score(
         Want::Gradient => Some(empty((rows, d), dtype, device)?),
         Want::Scores => None,
     };
-    let scores = empty((rows, 4), DType::F32, device)?;
+    let scores = empty((rows, 5), DType::F32, device)?;
+    let mut best = Vec::with_capacity(rows);
     let most = CHUNK.min(rows);
     let logits = empty((most, vocabulary), DType::F32, device)?;
     let gradient = u.as_ref().map(|_| empty((most, vocabulary), dtype, device)).transpose()?;
@@ -49,18 +50,21 @@ pub(crate) fn score(
             .count(vocabulary)?
             .float(head.softcap.unwrap_or(0.0))
             .run([count, 1], [THREADS, 1])?;
+        best.extend(logits.narrow(0, 0, count)?.argmax(D::Minus1)?.to_vec1::<u32>()?);
         if let (Some(u), Some(gradient)) = (&u, &gradient) {
             let onto = Operand { start: start * d, ..Operand::of(u)? };
             gemm([count, d, vocabulary], Operand::of(gradient)?, weight, onto, 1, 1.0, Onto::Nothing)?;
         }
     }
-    let score = |row: Vec<f32>| TokenScore {
+    let score = |(row, best): (Vec<f32>, u32)| TokenScore {
         logp: row[0].into(),
         entropy: row[1].into(),
         mean_logit: row[2].into(),
         top1: row[3] > 0.0,
+        best,
+        best_logp: row[4].into(),
     };
-    Ok((scores.to_vec2::<f32>()?.into_iter().map(score).collect(), u))
+    Ok((scores.to_vec2::<f32>()?.into_iter().zip(best).map(score).collect(), u))
 }
 
 /// `g ⊙ U`
