@@ -8,6 +8,8 @@ use miette::Diagnostic;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use thiserror::Error;
 
+use crate::machine;
+
 /// `[run] device`, and `--device`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum DeviceChoice {
@@ -90,14 +92,14 @@ pub enum DeviceError {
     #[error("{0} is asked for, and this binary was built without CUDA")]
     #[diagnostic(help(
         "use a binary that was built with it (`scripts/cuda_build` makes one, or `cargo build --release --features cuda` \
-         where the CUDA toolkit is), or device = \"cpu\""
+         where the CUDA toolkit is), or compute on the CPU: --device cpu"
     ))]
     NotBuilt(DeviceChoice),
     /// The driver does not start.
     #[error("{choice} is asked for, and there is no CUDA driver that starts: {problem}")]
     #[diagnostic(help(
         "is there an NVIDIA GPU in this machine, or given to this container, and does `nvidia-smi` list it? Without one: \
-         device = \"cpu\""
+         --device cpu"
     ))]
     NoDriver {
         /// What was asked for.
@@ -107,7 +109,7 @@ pub enum DeviceError {
     },
     /// The driver is older than what this binary was built with.
     #[error("{choice} is asked for, and the CUDA driver is too old: it knows CUDA {}.{}, and this binary needs 13.0", version / 1000, version % 1000 / 10)]
-    #[diagnostic(help("update the NVIDIA driver to version 580 or later, or device = \"cpu\""))]
+    #[diagnostic(help("update the NVIDIA driver to version 580 or later, or compute on the CPU: --device cpu"))]
     DriverTooOld {
         /// What was asked for.
         choice: DeviceChoice,
@@ -116,7 +118,7 @@ pub enum DeviceError {
     },
     /// There is no such GPU.
     #[error("{choice} is asked for, and there {}", match there { 0 => "is no GPU".to_owned(), 1 => "is only cuda:0".to_owned(), n => format!("are cuda:0 to cuda:{}", n - 1) })]
-    #[diagnostic(help("CUDA_VISIBLE_DEVICES hides those that it does not name; without a GPU: device = \"cpu\""))]
+    #[diagnostic(help("CUDA_VISIBLE_DEVICES hides those that it does not name; without a GPU: --device cpu"))]
     NoDevice {
         /// What was asked for.
         choice: DeviceChoice,
@@ -127,7 +129,7 @@ pub enum DeviceError {
     #[error("{choice} is {name} of compute capability {}.{}, for which this binary has no kernels", capability.0, capability.1)]
     #[diagnostic(help(
         "capability 8.0 and above can be used (A100, RTX 30 and later), and none below that which a binary was built for: \
-         `scripts/cuda_build build 80` makes one for all of them; or device = \"cpu\""
+         `scripts/cuda_build build 80` makes one for all of them; or compute on the CPU: --device cpu"
     ))]
     Architecture {
         /// What was asked for.
@@ -139,7 +141,7 @@ pub enum DeviceError {
     },
     /// Something else.
     #[error("{choice} cannot be used: {problem}")]
-    #[diagnostic(help("another program may hold its memory, see `nvidia-smi`; or device = \"cpu\""))]
+    #[diagnostic(help("another program may hold its memory, see `nvidia-smi`; or compute on the CPU: --device cpu"))]
     Other {
         /// What was asked for.
         choice: DeviceChoice,
@@ -195,6 +197,17 @@ fn open(choice: DeviceChoice, number: usize) -> Result<Chosen, DeviceError> {
     let (free, total) = (crate::bytes::shown(memory.0), crate::bytes::shown(memory.1));
     let reason = format!("{choice}, {name}, compute capability {major}.{minor}, {free} of {total} free");
     Ok(Chosen { device, reason, free: Some(memory.0) })
+}
+
+/// Bytes that are free where `device` computes, where the system tells.
+#[must_use]
+pub fn available_memory(device: &Device) -> Option<usize> {
+    #[cfg(feature = "cuda")]
+    if device.is_cuda() {
+        return crate::ops::cuda::free_memory(device).ok();
+    }
+    let _ = device;
+    machine::available_memory()
 }
 
 /// What a failed allocation means for whoever wrote the recipe; none where an error is another.

@@ -6,14 +6,13 @@
 use serde::Serialize;
 
 use super::{DecoderConfig, Projection};
+use crate::ops::attention::GPU_SCORES;
+use crate::ops::completion_logps::GPU_CHUNK;
 use crate::ops::cpu::completion_logps;
 use crate::quant::Kept;
 
 /// Bytes of an element.
 const F32: usize = 4;
-/// On a GPU: the most bytes of attention's scores that are held at once, and rows whose logits are.
-const GPU_SCORES: usize = 1 << 29;
-const GPU_LOGITS: usize = 512;
 
 /// What a layer keeps from its forward pass for its backward pass, most to least. The rest is computed again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -156,7 +155,7 @@ impl Shape {
         }
         let layer: usize = decoder.projections().iter().map(|&p| decoder.shape(p).0 * decoder.shape(p).1).sum();
         let scores = GPU_SCORES.min(decoder.num_attention_heads * rows * rows * 2 * (F32 + self.element()));
-        let logits = GPU_LOGITS.min(rows) * decoder.vocab_size * (F32 + self.element());
+        let logits = GPU_CHUNK.min(rows) * decoder.vocab_size * (F32 + self.element());
         [logits, scores + layer * self.element()]
     }
 

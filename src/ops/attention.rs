@@ -92,6 +92,10 @@ pub struct Heads {
     pub window: Option<usize>,
 }
 
+/// On a GPU: bytes of scores, weights and their gradients that are held at once, if one key/value head alone takes no more.
+/// Memory is planned by it.
+pub(crate) const GPU_SCORES: usize = 1 << 29;
+
 /// What [`backward`] needs besides the inputs.
 #[derive(Debug, Clone)]
 pub struct Saved {

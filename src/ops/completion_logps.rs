@@ -16,6 +16,8 @@ use candle_core::{D, Result, Tensor};
 use super::cpu::{self, Real, filled, for_real, tensor, values};
 #[cfg(feature = "cuda")]
 use super::cuda;
+#[cfg(feature = "cuda")]
+use super::on_gpu;
 use super::{Form, form, has_kernel, linear};
 use crate::quant::Weight;
 
@@ -70,6 +72,8 @@ pub enum Want {
 
 /// Rows of logits that the composed form holds at once.
 const CHUNK: usize = 256;
+/// The same on a GPU; memory is planned by it.
+pub(crate) const GPU_CHUNK: usize = 512;
 
 /// Scores `targets [S]` at the rows of `hidden [S, D]`. `U` is `[S, D]`.
 ///
@@ -81,8 +85,11 @@ pub fn score(
     targets: &[u32],
     want: Want,
 ) -> Result<(Vec<TokenScore>, Option<Tensor>)> {
-    let (rows, _) = hidden.dims2()?;
-    let (vocabulary, _) = head.weight.dims()?;
+    let (rows, d) = hidden.dims2()?;
+    let (vocabulary, width) = head.weight.dims()?;
+    if d != width {
+        candle_core::bail!("head: rows of {d} and a head of {width} columns")
+    }
     if rows != targets.len() {
         candle_core::bail!("head: {rows} rows and {} targets", targets.len())
     }
@@ -159,7 +166,7 @@ pub fn backward(u: &Tensor, g: &[f64]) -> Result<Tensor> {
         candle_core::bail!("head: {rows} rows and {} slopes", g.len())
     }
     #[cfg(feature = "cuda")]
-    if matches!(form(u), Form::Cuda) {
+    if on_gpu(u) {
         return cuda::completion_logps::backward(u, g);
     }
     if has_kernel(u) && d > 0 {

@@ -15,7 +15,7 @@ use super::cpu::{Real, Values, filled, for_real, tensor, values};
 use super::cuda::linear::{self as cuda, Narrow};
 use super::dropout::{self, Dropout};
 #[cfg(feature = "cuda")]
-use super::{Form, form};
+use super::on_gpu;
 use super::{dims2, has_kernel};
 use crate::quant::Weight;
 
@@ -131,7 +131,7 @@ impl<'a, const N: usize> Stack<'a, N> {
             let one = |update: &LowRank<'_>| {
                 let x = update.input(x)?;
                 #[cfg(feature = "cuda")]
-                if matches!(form(&x), Form::Cuda) {
+                if on_gpu(&x) {
                     return cuda::matmul_t(&x, update.a);
                 }
                 x.matmul(&update.a.t()?)
@@ -145,7 +145,7 @@ impl<'a, const N: usize> Stack<'a, N> {
 /// `x wᵀ`
 fn matmul_t(x: &Tensor, w: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
-    if matches!(form(x), Form::Cuda) {
+    if on_gpu(x) {
         return cuda::matmul_t(x, w);
     }
     if has_kernel(x) {
@@ -191,12 +191,12 @@ fn one(x: &Tensor, branch: &Branch<'_>, update: Option<Update<'_>>, residual: Op
         let y = bare(x, weight, update)?;
         let mut y = y.broadcast_mul(&magnitude.factors(&y)?)?;
         if let Some(bias) = bias {
-            y = y.broadcast_add(bias)?;
+            y = y.broadcast_add(&bias.to_dtype(y.dtype())?)?;
         }
         return residual.map_or(Ok(y.clone()), |residual| residual + y);
     }
     #[cfg(feature = "cuda")]
-    if matches!(form(x), Form::Cuda) {
+    if on_gpu(x) {
         let y = cuda::product_t(x, weight, *bias, residual)?;
         if let Some((update, inner, columns)) = update {
             cuda::add_low_rank(&y, inner, columns, update.b, Narrow::B, update.scale)?;
@@ -312,7 +312,7 @@ pub fn between<const N: usize>(dy: [&Tensor; N], branches: &[Branch<'_>; N]) -> 
     }
     let one = |(i, update, _): (usize, &LowRank<'_>, _)| {
         #[cfg(feature = "cuda")]
-        if matches!(form(dy[i]), Form::Cuda) {
+        if on_gpu(dy[i]) {
             let all = 0..dims2(dy[i])?.1;
             return cuda::matmul(dy[i], all, update.b, update.scale);
         }
@@ -390,7 +390,7 @@ pub fn update_gradients<const N: usize>(
         return Ok(gradients);
     }
     #[cfg(feature = "cuda")]
-    if matches!(form(x), Form::Cuda) {
+    if on_gpu(x) {
         for (i, update, columns) in stack.with_columns() {
             let (of_x, of_dy) = (0..dims2(x)?.1, 0..dims2(dy[i])?.1);
             let a = cuda::outer(g, columns.clone(), &update.input(x)?, of_x, 1.0)?;
@@ -411,7 +411,7 @@ pub fn update_gradients<const N: usize>(
 /// Some columns of `g`, times `a`.
 fn times_a(g: &Tensor, columns: std::ops::Range<usize>, a: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
-    if matches!(form(g), Form::Cuda) {
+    if on_gpu(g) {
         return cuda::matmul(g, columns, a, 1.0);
     }
     g.narrow(1, columns.start, columns.len())?.matmul(a)
@@ -425,7 +425,7 @@ fn sum_of_products<const N: usize>(
 ) -> Result<Tensor> {
     let mut terms = dy.into_iter().zip(branches.iter().map(|branch| branch.weight));
     #[cfg(feature = "cuda")]
-    if dy.iter().all(|dy| matches!(form(dy), Form::Cuda)) {
+    if dy.iter().all(|dy| on_gpu(dy)) {
         let dx = cuda::sum_of_products(terms)?;
         if let Some((g, a)) = update {
             cuda::add_low_rank(&dx, g, 0..dims2(g)?.1, a, Narrow::A, 1.0)?;

@@ -71,6 +71,12 @@ fn form(tensor: &Tensor) -> Form {
     }
 }
 
+/// Whether the CUDA kernels can take this tensor.
+#[cfg(feature = "cuda")]
+fn on_gpu(tensor: &Tensor) -> bool {
+    matches!(form(tensor), Form::Cuda)
+}
+
 /// Whether the CPU kernels can take this tensor.
 fn has_kernel(tensor: &Tensor) -> bool {
     matches!(form(tensor), Form::Cpu)

@@ -7,6 +7,8 @@ use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
 use super::cuda;
+#[cfg(feature = "cuda")]
+use super::on_gpu;
 use super::{Form, cpu, form};
 
 /// Cosines and sines of the rows of one batch, made once and used in every layer, forward and backward.
@@ -97,7 +99,7 @@ pub fn turn(x: &Tensor, angles: &Angles, turn: Turn) -> Result<Tensor> {
 /// What candle returns for wrong shapes.
 pub fn turn_both([q, k]: [&Tensor; 2], angles: [&Angles; 2], way: Turn) -> Result<[Tensor; 2]> {
     #[cfg(feature = "cuda")]
-    if matches!(form(q), Form::Cuda) {
+    if on_gpu(q) {
         let [of_q, of_k] = angles;
         let turned = cuda::rope::turn(&[(q, &of_q.cos, &of_q.sin), (k, &of_k.cos, &of_k.sin)], way)?;
         return turned.try_into().map_err(|_| candle_core::Error::Msg("two matrices".into()));

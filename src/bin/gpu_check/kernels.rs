@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use dpo_lora::adapter::{self, LoraConfig};
 use dpo_lora::model::family;
 use dpo_lora::ops::attention::{self, Heads, Segment, Segments};
-use dpo_lora::ops::completion_logps::{self, Head, Want};
+use dpo_lora::ops::completion_logps::{self, Head, TokenScore, Want};
 use dpo_lora::ops::cuda::weight::{Recent, Resident};
 use dpo_lora::ops::cuda::with_poison;
 use dpo_lora::ops::dropout::Dropout;
@@ -221,6 +221,10 @@ fn heads(check: &mut Check, dtype: DType) -> Result<()> {
         )?;
         let tops = found.iter().zip(&right).filter(|(a, b)| a.top1 != b.top1).count();
         check.note(what("top 1"), tops as f64 / count as f64, 0.0);
+        let best = |of: &[TokenScore]| column(&|i| of[i].best_logp);
+        check.compare(what("best log-prob"), &best(&found)?, &best(&right)?, most)?;
+        let others = found.iter().zip(&right).filter(|(a, b)| a.best != b.best).count();
+        check.note(what("best"), others as f64 / count as f64, 0.0);
         if let (Some(u), Some(gu)) = (u, gu) {
             check.compare(what("U"), &gu, &u, tolerance(dtype))?;
             let (right, found) =

@@ -185,9 +185,10 @@ pub(super) fn prepare(arguments: &cli::Run, console: &Console) -> Result<Prepare
     if recipe.reference_model() == ReferenceModel::Init {
         model = model.with_reference(initial).map_err(candle)?;
     }
-    // what the run does not need of a GPU holds layers dequantized
-    let spare =
-        device.free.map_or(0, |free| (free - free / 16).saturating_sub(resolved.memory.choice.at_most.total()));
+    // what the run may take of a GPU and does not need holds layers dequantized
+    let spare = device
+        .free
+        .map_or(0, |free| memory.budget.min(free - free / 16).saturating_sub(memory.choice.at_most.total()));
     let model = model.to_device(&device.device, device.dtype(), spare).map_err(candle)?;
     let resumed = match resumed {
         Some((state, progress)) => Some((state, progress.to_device(&device.device).map_err(candle)?)),

@@ -30,10 +30,6 @@ pub(crate) fn score(
     want: Want,
 ) -> Result<(Vec<TokenScore>, Option<Tensor>)> {
     let (rows, d) = dims2(hidden)?;
-    let (_, width) = head.weight.dims()?;
-    if d != width {
-        candle_core::bail!("head: rows of {d} and a head of {width} columns")
-    }
     for_real!(hidden, T => {
         let (scores, u) = score_all::<T>(&values(hidden)?, head, targets, want)?;
         Ok((scores, u.map(|u| tensor(u, (rows, d))).transpose()?))

@@ -19,8 +19,6 @@ struct Row {
     }
 };
 
-__device__ __forceinline__ float capped(float score, float cap) { return cap > 0.0f ? cap * tanhf(score / cap) : score; }
-
 // Weights of `gridDim.y` heads from `first_head` on, and the log-sum-exp of each row. What is not seen, and the padding, is 0.
 template <typename T>
 __device__ void softmax_forward(const float* scores, T* weights, float* log_sum_exp, const Row* rows, long long plane,

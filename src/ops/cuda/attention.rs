@@ -10,11 +10,9 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 
 use super::as_dtype;
 use super::driver::{Launch, Onto, Operand, empty, gemm, modules};
-use crate::ops::attention::{Heads, Saved, Segment, Segments};
+use crate::ops::attention::{GPU_SCORES as SCRATCH, Heads, Saved, Segment, Segments};
 use crate::ops::dims2;
 
-/// Bytes of scores, weights and their gradients that are held at once, if one key/value head alone takes no more.
-const SCRATCH: usize = 1 << 29;
 /// Threads of a row of scores.
 const THREADS: u32 = 128;
 

@@ -103,6 +103,9 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
+// Scores and logits `z` become `c tanh(z / c)`.
+__device__ __forceinline__ float capped(float z, float cap) { return cap > 0.0f ? cap * tanhf(z / cap) : z; }
+
 // Over the threads of `threadIdx.x`, whole warps of them; every thread gets the result. In a fixed order, so that a result is
 // the same however often it is computed. Where `blockDim.x` is one warp, rows of a block may end at different times.
 template <typename T>

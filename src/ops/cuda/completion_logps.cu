@@ -1,9 +1,8 @@
 // The head's softmax pass over a chunk of rows: what is said of each target, and what the gradient is made of.
 #include "common.cuh"
 
-__device__ __forceinline__ float capped(float logit, float cap) { return cap > 0.0f ? cap * tanhf(logit / cap) : logit; }
-
-// Of each row: log-prob of the target, entropy, mean logit, and whether nothing is above the target. A block a row.
+// Of each row: log-prob of the target, entropy, mean logit, whether nothing is above the target, and the log-prob and number
+// of the most probable token, the first of equals. A block a row.
 template <typename T>
 __device__ void score_tokens(const float* logits, const unsigned* targets, float* scores, T* gradient, int vocabulary,
                              float cap) {
@@ -26,6 +25,8 @@ __device__ void score_tokens(const float* logits, const unsigned* targets, float
     total = block_sum(total);
     // sum e^(z - largest), and the same times (z - largest), which entropy needs
     float sum = 0.0f, along = 0.0f;
+    // numbers of tokens are exact in f32; below zero, so that the largest is the first
+    float first = -INFINITY_F;
     for (int token = threadIdx.x * LANES; token < vocabulary; token += blockDim.x * LANES) {
         int count = vocabulary - token;
         float z[LANES];
@@ -34,6 +35,7 @@ __device__ void score_tokens(const float* logits, const unsigned* targets, float
         for (int i = 0; i < LANES; i++) {
             if (i < count) {
                 float below = capped(z[i], cap) - largest, e = expf(below);
+                if (below >= 0.0f) first = fmaxf(first, -(float)(token + i));
                 sum += e;
                 // e^-inf is 0, and 0 times it is to be 0 too
                 along += e > 0.0f ? below * e : 0.0f;
@@ -42,16 +44,17 @@ __device__ void score_tokens(const float* logits, const unsigned* targets, float
     }
     sum = block_sum(sum);
     along = block_sum(along);
+    first = block_max(first);
     unsigned target = targets[blockIdx.x];
     if (threadIdx.x == 0) {
         float at_target = capped(row[target], cap);
-        float* of_row = scores + 5ll * blockIdx.x;
+        float* of_row = scores + 6ll * blockIdx.x;
         of_row[0] = at_target - largest - logf(sum);
         of_row[1] = logf(sum) - along / sum;
         of_row[2] = total / (float)vocabulary;
         of_row[3] = at_target >= largest ? 1.0f : 0.0f;
-        // of the most probable token
         of_row[4] = -logf(sum);
+        of_row[5] = -first;
     }
     if (!gradient) return;
     // (onehot - softmax) (1 - (z / cap)^2)

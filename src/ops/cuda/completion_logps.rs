@@ -1,14 +1,12 @@
 //! The head: logits of some rows in f32, then one pass of our own over them, then the product that makes the gradient.
 
-use candle_core::{D, DType, Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor};
 
 use super::driver::{Launch, Onto, Operand, empty, gemm, modules};
 use super::weight::matrix;
-use crate::ops::completion_logps::{Head, TokenScore, Want};
+use crate::ops::completion_logps::{GPU_CHUNK as CHUNK, Head, TokenScore, Want};
 use crate::ops::dims2;
 
-/// Rows whose logits are held at once; `model/memory.rs` counts on it.
-const CHUNK: usize = 512;
 /// Threads of a row of logits.
 const THREADS: u32 = 512;
 
@@ -19,18 +17,14 @@ pub(crate) fn score(
     want: Want,
 ) -> Result<(Vec<TokenScore>, Option<Tensor>)> {
     let (rows, d) = dims2(hidden)?;
-    let (vocabulary, width) = head.weight.dims()?;
-    if d != width {
-        bail!("head: rows of {d} and a head of {width} columns")
-    }
+    let (vocabulary, _) = head.weight.dims()?;
     let (dtype, device) = (hidden.dtype(), hidden.device());
     let weight = matrix(head.weight, dtype, device)?;
     let u = match want {
         Want::Gradient => Some(empty((rows, d), dtype, device)?),
         Want::Scores => None,
     };
-    let scores = empty((rows, 5), DType::F32, device)?;
-    let mut best = Vec::with_capacity(rows);
+    let scores = empty((rows, 6), DType::F32, device)?;
     let most = CHUNK.min(rows);
     let logits = empty((most, vocabulary), DType::F32, device)?;
     let gradient = u.as_ref().map(|_| empty((most, vocabulary), dtype, device)).transpose()?;
@@ -50,21 +44,20 @@ pub(crate) fn score(
             .count(vocabulary)?
             .float(head.softcap.unwrap_or(0.0))
             .run([count, 1], [THREADS, 1])?;
-        best.extend(logits.narrow(0, 0, count)?.argmax(D::Minus1)?.to_vec1::<u32>()?);
         if let (Some(u), Some(gradient)) = (&u, &gradient) {
             let onto = Operand { start: start * d, ..Operand::of(u)? };
             gemm([count, d, vocabulary], Operand::of(gradient)?, weight, onto, 1, 1.0, Onto::Nothing)?;
         }
     }
-    let score = |(row, best): (Vec<f32>, u32)| TokenScore {
+    let score = |row: Vec<f32>| TokenScore {
         logp: row[0].into(),
         entropy: row[1].into(),
         mean_logit: row[2].into(),
         top1: row[3] > 0.0,
-        best,
         best_logp: row[4].into(),
+        best: row[5] as u32,
     };
-    Ok((scores.to_vec2::<f32>()?.into_iter().zip(best).map(score).collect(), u))
+    Ok((scores.to_vec2::<f32>()?.into_iter().map(score).collect(), u))
 }
 
 /// `g ⊙ U`
