@@ -276,6 +276,13 @@ pub struct Trained {
     pub quant: Option<Quant>,
 }
 
+impl Trained {
+    /// The adapters as they were named.
+    pub(crate) fn names(&self) -> String {
+        self.adapters.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(" + ")
+    }
+}
+
 /// Held-out pairs to compare models on.
 #[derive(Debug, Args)]
 pub struct HeldOut {

@@ -172,6 +172,22 @@ pub fn short(number: usize) -> String {
     }
 }
 
+/// As much of a text as a message has room for, in characters.
+#[must_use]
+pub fn shortened(text: &str, most: usize) -> String {
+    match text.char_indices().nth(most) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text.to_owned(),
+    }
+}
+
+/// The same in one line, without what a terminal would obey.
+#[must_use]
+pub fn one_line(text: &str, most: usize) -> String {
+    let words = text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty());
+    shortened(&words.collect::<Vec<_>>().join(" "), most)
+}
+
 /// A duration for a glance: `7.2 s`, `3 min 05 s`, `2 h 10 min`.
 #[must_use]
 pub fn duration(seconds: f64) -> String {
@@ -192,6 +208,9 @@ mod tests {
         assert_eq!(thousands(0), "0");
         assert_eq!(thousands(1_234_567), "1,234,567");
         assert_eq!(short(1_548_000), "1.55M");
+        assert_eq!(shortened("grün", 4), "grün");
+        assert_eq!(shortened("grüner", 3), "grü...");
+        assert_eq!(one_line(" a\n\u{1b}[31m b", 9), "a [31m b");
         assert_eq!(duration(7.23), "7.2 s");
         assert_eq!(duration(185.4), "3 min 05 s");
         assert_eq!(duration(7800.0), "2 h 10 min");

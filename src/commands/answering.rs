@@ -2,15 +2,14 @@
 
 use std::io;
 
-use super::{Failure, failed, request};
+use super::{Failure, request};
 use crate::cli;
 use crate::data::{Answer, Codec, Prompt};
 use crate::device::{self, Chosen, DeviceChoice};
-use crate::machine;
 use crate::model::generate::{End, Generator, Request, Sampling};
 use crate::model::{Adapter, Model};
 use crate::ops::FEW;
-use crate::progress::Console;
+use crate::progress::{Console, one_line};
 
 use super::trained::candle;
 
@@ -44,11 +43,11 @@ impl Answering<'_> {
     ) -> Result<Vec<Answered>, Failure> {
         let longest = self.model.decoder().config().max_position_embeddings;
         if let Some(prompt) = prompts.iter().find(|prompt| prompt.ids.len() >= longest) {
-            return Err(request(TooLong { tokens: prompt.ids.len(), longest, text: begin(&prompt.text) }));
+            return Err(request(TooLong { tokens: prompt.ids.len(), longest, text: one_line(&prompt.text, 60) }));
         }
         let positions =
             prompts.iter().map(|prompt| prompt.ids.len()).max().unwrap_or(0) + self.decoding.max_new_tokens();
-        let affordable = machine::available_memory()
+        let affordable = device::available_memory(self.model.decoder().device())
             .map_or(FEW, |bytes| bytes / 2 / Generator::slot_bytes(self.model, positions).max(1));
         let slots = self.decoding.batch.map_or(FEW, |batch| batch as usize).min(affordable).min(prompts.len()).max(1);
         let mut generator = Generator::new(self.model, side, slots, positions).map_err(candle)?;
@@ -108,7 +107,7 @@ impl Answering<'_> {
         let mut generator = Generator::new(self.model, side, 1, positions).map_err(candle)?;
         let longest = self.model.decoder().config().max_position_embeddings;
         if generator.add(self.request(prompt, 0)).is_none() {
-            return Err(request(TooLong { tokens: prompt.ids.len(), longest, text: begin(&prompt.text) }));
+            return Err(request(TooLong { tokens: prompt.ids.len(), longest, text: one_line(&prompt.text, 60) }));
         }
         let mut answer = Answer::new(self.codec, &self.decoding.stop);
         let (mut end, mut shown) = (End::Length, Ok(()));
@@ -148,24 +147,15 @@ struct TooLong {
     text: String,
 }
 
-/// As much of a text as a message can show.
-fn begin(text: &str) -> String {
-    let short: String = text.chars().take(60).collect();
-    if short.len() < text.len() { format!("{short}...") } else { short }
-}
-
 /// Base, adapter and tokenizer, ready to answer where `device` says.
 pub(super) fn load(
-    trained: super::trained::Trained,
+    trained: &super::trained::Trained,
     device: DeviceChoice,
     console: &Console,
 ) -> Result<(Model, Codec), Failure> {
     let chosen = choose(device, console)?;
     let codec = trained.codec()?;
-    trained.base.fetch_weights(console).map_err(super::prepare::from_base)?;
-    let (decoder, _) = trained.base.load(trained.decoder, console).map_err(failed)?;
-    let model = Model::new(decoder, trained.adapters).map_err(candle)?;
-    Ok((placed(model, &chosen)?, codec))
+    Ok((trained.load(None, &chosen, console)?, codec))
 }
 
 /// The device that was asked for, with its reason told.
@@ -173,11 +163,4 @@ pub(super) fn choose(device: DeviceChoice, console: &Console) -> Result<Chosen, 
     let chosen = device::choose(device).map_err(request)?;
     console.fact("device", &chosen.reason);
     Ok(chosen)
-}
-
-/// The model where it computes.
-pub(super) fn placed(model: Model, chosen: &Chosen) -> Result<Model, Failure> {
-    // what decoding reads most is the weights: in bf16 where there is room
-    let resident = chosen.free.map_or(0, |free| free / 2);
-    model.to_device(&chosen.device, chosen.dtype(), resident).map_err(candle)
 }

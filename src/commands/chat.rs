@@ -20,7 +20,7 @@ const HELP: &str = "/base, /policy and /both say who answers from here on; /agai
 pub fn chat(arguments: &cli::Chat) -> Result<(), Failure> {
     let console = Console::new(arguments.quiet);
     let trained = Trained::open(&arguments.trained, &console)?;
-    let (model, codec) = answering::load(trained, arguments.device.device, &console)?;
+    let (model, codec) = answering::load(&trained, arguments.device.device, &console)?;
     let answering = Answering { model: &model, codec: &codec, decoding: &arguments.decoding };
     console.line(format_args!("\n{HELP}"));
     let system: Vec<(String, String)> = arguments.system.iter().map(|text| ("system".into(), text.clone())).collect();

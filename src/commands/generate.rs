@@ -33,8 +33,9 @@ pub fn generate(arguments: &cli::Generate) -> Result<(), Failure> {
         return Err(request(GenerateError::NoPrompt));
     }
     let trained = Trained::open(&arguments.trained, &console)?;
-    let prompts = prompts(arguments, &trained.codec()?, &console)?;
-    let (model, codec) = answering::load(trained, arguments.device.device, &console)?;
+    let codec = trained.codec()?;
+    let prompts = prompts(arguments, &codec, &console)?;
+    let model = trained.load(None, &answering::choose(arguments.device.device, &console)?, &console)?;
     let answering = Answering { model: &model, codec: &codec, decoding: &arguments.decoding };
     let sides = arguments.side.adapters();
     let mut out = io::stdout().lock();

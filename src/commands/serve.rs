@@ -12,8 +12,8 @@ use thiserror::Error;
 use super::trained::Trained;
 use super::{Failure, answering, failed, request};
 use crate::cli;
+use crate::device;
 use crate::interrupt::Interrupt;
-use crate::machine;
 use crate::model::Model;
 use crate::model::generate::Generator;
 use crate::ops::FEW;
@@ -60,7 +60,7 @@ pub fn serve(arguments: &cli::Serve) -> Result<(), Failure> {
         return Err(request(CannotServe::Context { asked, longest }));
     }
     let interrupt = Interrupt::listen().map_err(|error| failed(serve::ServeError::Io(error)))?;
-    let (model, codec) = answering::load(trained, arguments.device.device, &console)?;
+    let (model, codec) = answering::load(&trained, arguments.device.device, &console)?;
     let (context, answers) = room(&model, asked, arguments.batch.map(|batch| batch as usize));
     let settings = Settings {
         base,
@@ -119,7 +119,7 @@ fn names(arguments: &cli::Serve, trained: &Trained) -> Result<(String, String), 
 fn room(model: &Model, context: Option<usize>, answers: Option<usize>) -> (usize, usize) {
     /// A conversation of some turns; fewer answers at once rather than less.
     const ENOUGH: usize = 4096;
-    let memory = machine::available_memory().map_or(usize::MAX, |bytes| bytes / 2);
+    let memory = device::available_memory(model.decoder().device()).map_or(usize::MAX, |bytes| bytes / 2);
     let longest = model.decoder().config().max_position_embeddings;
     let fit = |context: usize| memory / (2 * Generator::slot_bytes(model, context)).max(1);
     let context = context.unwrap_or_else(|| {

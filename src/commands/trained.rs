@@ -12,12 +12,13 @@ use super::{Failure, failed, request};
 use crate::adapter::{Adapters, peft};
 use crate::cli;
 use crate::data::{self, Codec, DataConfig, DataError, Dataset, Sources, Wanted};
+use crate::device::Chosen;
 use crate::export;
 use crate::export::card::{self, Card};
 use crate::files::{self, WriteError};
 use crate::hub::{self, Cause, Hub};
 use crate::loss::Examples;
-use crate::model::{Base, DecoderConfig, ModelConfig, Module};
+use crate::model::{Base, DecoderConfig, Model, ModelConfig, Module};
 use crate::progress::{Console, short};
 use crate::quant::Quant;
 use crate::recipe::{self, Recipe};
@@ -165,12 +166,29 @@ impl Trained {
             "model",
             format_args!("{} parameters{kept}, {}", short(decoder.num_parameters()), model.source.display()),
         );
-        let names: Vec<String> = arguments.adapters.iter().map(|path| path.display().to_string()).collect();
-        console.fact("adapter", format_args!("{}, {}", names.join(" + "), described(&adapters)));
+        console.fact("adapter", format_args!("{}, {}", arguments.names(), described(&adapters)));
         if adapters.is_zero().map_err(candle)? {
             console.warning("the adapter changes nothing: every B is zero");
         }
         Ok(Self { model, base, decoder, adapters, folder, run, recipe })
+    }
+
+    /// Base and adapters where they compute, with another reference than the base alone if there is one.
+    pub(super) fn load(
+        &self,
+        reference: Option<Adapters>,
+        chosen: &Chosen,
+        console: &Console,
+    ) -> Result<Model, Failure> {
+        self.base.fetch_weights(console).map_err(from_base)?;
+        let (decoder, _) = self.base.load(self.decoder.clone(), console).map_err(failed)?;
+        let mut model = Model::new(decoder, self.adapters.clone()).map_err(candle)?;
+        if let Some(reference) = reference {
+            model = model.with_reference(reference).map_err(candle)?;
+        }
+        // what decoding reads most is the weights: in bf16 where there is room
+        let resident = chosen.free.map_or(0, |free| free / 2);
+        model.to_device(&chosen.device, chosen.dtype(), resident).map_err(candle)
     }
 
     /// The held-out pairs: those of `data`, or of the run; none where neither is known.

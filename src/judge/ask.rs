@@ -13,14 +13,14 @@ use serde_json::{Value, json};
 use thiserror::Error;
 
 use super::config::{EndpointJudge, Price};
-use super::endpoint::{Chat, Endpoint, Reply, Trouble, one_line, pause};
+use super::endpoint::{Chat, Endpoint, Reply, Trouble, pause};
 use super::log::{self, Log, LogError};
 use super::pace::Pace;
 use super::prompt::{Message, Shown};
 use super::report::Pair;
 use super::verdict::{Answer, Understood};
 use crate::interrupt::Interrupt;
-use crate::progress::Bar;
+use crate::progress::{Bar, one_line};
 use crate::statistics::Order;
 
 /// How often a call is made before its question is left for another time.

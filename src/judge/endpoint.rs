@@ -10,6 +10,7 @@ use ureq::{Agent, http};
 use super::config::{Calls, JudgeError};
 use super::prompt::Message;
 use super::verdict::Form;
+use crate::progress::one_line;
 
 /// The most that an answer may have.
 const MAX_ANSWER: u64 = 16 << 20;
@@ -321,16 +322,6 @@ impl Endpoint {
     fn told(&self, text: &str) -> String {
         let text = self.key.as_ref().map_or_else(|| text.to_owned(), |key| key.scrubbed(text));
         one_line(&text, 300)
-    }
-}
-
-/// What strangers wrote, for a message.
-pub(super) fn one_line(text: &str, most: usize) -> String {
-    let words = text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty());
-    let line = words.collect::<Vec<_>>().join(" ");
-    match line.char_indices().nth(most) {
-        Some((end, _)) => format!("{}...", &line[..end]),
-        None => line,
     }
 }
 

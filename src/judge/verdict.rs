@@ -7,6 +7,7 @@ use regex::Regex;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::progress::shortened;
 use crate::statistics::{Scale, Verdict, label_share};
 
 /// How a judge says what it prefers.
@@ -176,13 +177,6 @@ fn tag(text: &str) -> Option<(Verdict, Option<String>)> {
         _ => Verdict::Tie,
     };
     Some((verdict, Some(text.to_owned())))
-}
-
-fn shortened(text: &str, most: usize) -> String {
-    match text.char_indices().nth(most) {
-        Some((end, _)) => format!("{}...", &text[..end]),
-        None => text.to_owned(),
-    }
 }
 
 #[cfg(test)]

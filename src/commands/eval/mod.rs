@@ -74,22 +74,10 @@ pub fn eval(arguments: &cli::Eval) -> Result<(), Failure> {
     let reference = trained.reference()?;
     let chosen = answering::choose(arguments.device.device, &console)?;
 
-    trained.base.fetch_weights(&console).map_err(super::prepare::from_base)?;
-    let (decoder, _) = trained.base.load(trained.decoder.clone(), &console).map_err(failed)?;
-    let mut model = Model::new(decoder, trained.adapters.clone()).map_err(candle)?;
-    if let Some(reference) = reference {
-        model = model.with_reference(reference).map_err(candle)?;
-    }
-    let model = answering::placed(model, &chosen)?;
+    let model = trained.load(reference, &chosen, &console)?;
     let work = Work { arguments, loss: &loss, model: &model, codec: &codec, console: &console };
     let mut report = Report {
-        name: arguments
-            .trained
-            .adapters
-            .iter()
-            .map(|path| path.display().to_string())
-            .collect::<Vec<_>>()
-            .join(" + "),
+        name: arguments.trained.names(),
         base: trained.base_name(),
         adapter: described(&trained.adapters),
         loss: loss.clone(),

@@ -11,7 +11,7 @@ use super::reference::Report;
 use crate::adapter::peft;
 use crate::data::Dataset;
 use crate::machine;
-use crate::progress::{Console, duration};
+use crate::progress::{Console, duration, one_line};
 use crate::run_folder::RunFolder;
 use crate::train::{Metrics, Trainer};
 
@@ -76,12 +76,13 @@ impl Summary<'_> {
                 }
             }
         }
+        const LONGEST: usize = 300;
         // where the answer changed is what there is to see
         let (changed, same): (Vec<_>, Vec<_>) = samples.iter().partition(|sample| sample.base != sample.policy);
         for sample in changed.into_iter().chain(same).take(2) {
-            console.line(format_args!("\nprompt   {}", one_line(&sample.prompt)));
-            console.line(format_args!("base     {}", one_line(&sample.base)));
-            console.line(format_args!("policy   {}", one_line(&sample.policy)));
+            console.line(format_args!("\nprompt   {}", one_line(&sample.prompt, LONGEST)));
+            console.line(format_args!("base     {}", one_line(&sample.base, LONGEST)));
+            console.line(format_args!("policy   {}", one_line(&sample.policy, LONGEST)));
         }
         console.line(format_args!(
             "\n{} updates in {}; the adapter is in {}/adapter",
@@ -97,16 +98,6 @@ fn now() -> Timestamp {
     let set = std::env::var("SOURCE_DATE_EPOCH").ok().and_then(|seconds| seconds.parse().ok());
     let second = set.unwrap_or_else(|| Timestamp::now().as_second());
     Timestamp::from_second(second).unwrap_or(Timestamp::UNIX_EPOCH)
-}
-
-fn one_line(text: &str) -> String {
-    const LONGEST: usize = 300;
-    let mut line = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    if let Some((end, _)) = line.char_indices().nth(LONGEST) {
-        line.truncate(end);
-        line.push_str(" ...");
-    }
-    line
 }
 
 fn rows(dataset: &Dataset) -> Value {

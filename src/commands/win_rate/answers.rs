@@ -17,7 +17,7 @@ use super::{Failure, failed, request};
 use crate::cli;
 use crate::commands::answering::{self, Answered, Answering};
 use crate::commands::prepare::from_base;
-use crate::commands::trained::{Trained, candle};
+use crate::commands::trained::Trained;
 use crate::commands::user_cache;
 use crate::data::{Codec, Columns, Prompt, Sources, load_prompts};
 use crate::files::cannot_write;
@@ -31,9 +31,9 @@ use crate::judge::outputs::{self, Output};
 use crate::judge::pace::Pace;
 use crate::judge::prompt::Message;
 use crate::judge::verdict::Answer;
+use crate::model::Adapter;
 use crate::model::generate::{End, Sampling};
-use crate::model::{Adapter, Model};
-use crate::progress::{Console, thousands};
+use crate::progress::{Console, one_line, thousands};
 
 /// Changes when the same inputs would give other answers.
 const VERSION: u32 = 1;
@@ -127,7 +127,7 @@ impl Request {
                     file: file.clone(),
                     missing: missing.len(),
                     prompts: prompts.len(),
-                    first: begin(&first.text),
+                    first: one_line(&first.text, 60),
                 }));
             }
         }
@@ -175,12 +175,11 @@ impl Request {
         let missing =
             policy_kept.missing(&prompts).len() + other.as_ref().map_or(0, |(_, kept)| kept.missing(&prompts).len());
         if missing > 0 {
-            let (decoder, _) = trained.base.load(trained.decoder.clone(), console).map_err(failed)?;
-            let mut model = Model::new(decoder, trained.adapters).map_err(candle)?;
-            if let Against::Adapter(other) = &against {
-                model = model.with_reference(other.adapters.clone()).map_err(candle)?;
-            }
-            let model = answering::placed(model, &chosen)?;
+            let reference = match &against {
+                Against::Adapter(other) => Some(other.adapters.clone()),
+                _ => None,
+            };
+            let model = trained.load(reference, &chosen, console)?;
             let answering = Answering { model: &model, codec: &codec, decoding: &arguments.decoding };
             interrupt.save_first();
             if let Some((_, other)) = &mut other {
@@ -325,7 +324,7 @@ fn prompts(
                     return Err(request(AnswersError::Leak {
                         leaked: known.len(),
                         prompts: prompts.len(),
-                        first: begin(&first.text),
+                        first: one_line(&first.text, 60),
                     }));
                 }
             }
@@ -582,10 +581,4 @@ fn name_of(adapters: &[PathBuf]) -> String {
         named.unwrap_or_default().to_string_lossy().into_owned()
     };
     adapters.iter().map(name).collect::<Vec<_>>().join(" + ")
-}
-
-/// As much of a text as a message can show.
-fn begin(text: &str) -> String {
-    let short: String = text.chars().take(60).collect();
-    if short.len() < text.len() { format!("{short}...") } else { short }
 }
