@@ -210,6 +210,17 @@ pub fn available_memory(device: &Device) -> Option<usize> {
     machine::available_memory()
 }
 
+/// The most bytes that were held at once, where the system tells: on a GPU those of tensors, else those of the process.
+#[must_use]
+pub fn peak_memory(device: &Device) -> Option<usize> {
+    #[cfg(feature = "cuda")]
+    if device.is_cuda() {
+        return crate::ops::cuda::peak_memory(device, false).ok();
+    }
+    let _ = device;
+    machine::peak_memory()
+}
+
 /// What a failed allocation means for whoever wrote the recipe; none where an error is another.
 #[must_use]
 pub fn out_of_memory(error: &candle_core::Error) -> Option<&'static str> {

@@ -163,6 +163,16 @@ impl DecoderConfig {
         if self.fused { &Projection::FUSED } else { &Projection::ALL }
     }
 
+    /// Elements of the matrices of a layer.
+    #[must_use]
+    pub fn layer_elements(&self) -> usize {
+        self.projections()
+            .iter()
+            .map(|&projection| self.shape(projection))
+            .map(|(rows, columns)| rows * columns)
+            .sum()
+    }
+
     /// Where a projection stands among [`DecoderConfig::projections`].
     pub(super) fn slot(&self, projection: Projection) -> usize {
         let slot = self.projections().iter().position(|&p| p == projection);

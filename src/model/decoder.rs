@@ -198,8 +198,7 @@ impl Decoder {
             *tensor = tensor.to_dtype(DType::F32)?.to_device(device)?;
             Ok::<_, candle_core::Error>(())
         };
-        let of_layer: usize =
-            self.config.projections().iter().map(|&p| self.config.shape(p).0 * self.config.shape(p).1).sum();
+        let of_layer = self.config.layer_elements();
         let recent = Recent::new(of_layer);
         // from the last on: those are needed again first
         for layer in self.layers.iter_mut().rev() {

@@ -153,10 +153,9 @@ impl Shape {
         if !on_gpu {
             return [completion_logps::scratch_bytes(F32), 0];
         }
-        let layer: usize = decoder.projections().iter().map(|&p| decoder.shape(p).0 * decoder.shape(p).1).sum();
         let scores = GPU_SCORES.min(decoder.num_attention_heads * rows * rows * 2 * (F32 + self.element()));
         let logits = GPU_CHUNK.min(rows) * decoder.vocab_size * (F32 + self.element());
-        [logits, scores + layer * self.element()]
+        [logits, scores + decoder.layer_elements() * self.element()]
     }
 
     /// The lowest layer with an adapter: those below it keep nothing and have no backward pass.

@@ -408,8 +408,7 @@ impl Tensors for Random<'_> {
 /// What candle returns: most likely that memory is full.
 #[cfg(feature = "cuda")]
 pub fn random_decoder(config: DecoderConfig, dtype: DType, device: &Device) -> Result<Decoder, ModelError> {
-    let of_layer: usize = config.projections().iter().map(|&p| config.shape(p).0 * config.shape(p).1).sum();
-    let recent = crate::ops::cuda::weight::Recent::new(of_layer);
+    let recent = crate::ops::cuda::weight::Recent::new(config.layer_elements());
     let mut decoder = assemble(config, &mut Random { device, dtype, recent })?;
     decoder.dtype = dtype;
     Ok(decoder)

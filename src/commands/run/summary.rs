@@ -10,6 +10,7 @@ use super::prepare::Prepared;
 use super::reference::Report;
 use crate::adapter::peft;
 use crate::data::Dataset;
+use crate::device;
 use crate::machine;
 use crate::progress::{Console, duration, one_line};
 use crate::run_folder::RunFolder;
@@ -41,7 +42,7 @@ impl Summary<'_> {
             "num_tokens": self.trainer.num_tokens(),
             "seconds": self.seconds,
             "reference": self.reference.map(Report::json),
-            "peak_memory_bytes": machine::peak_memory(),
+            "peak_memory_bytes": device::peak_memory(model.decoder().device()),
             "expected_memory_bytes": expected_memory,
             "parameters": { "base": model.decoder().config().num_parameters(), "trainable": adapters.num_parameters() },
             "data": { "train": rows(train), "eval": eval.as_ref().map(rows) },

@@ -56,6 +56,13 @@ impl Recent {
     pub fn new(most: usize) -> Arc<Self> {
         Arc::new(Self { matrices: Mutex::default(), most })
     }
+
+    /// The number of another matrix.
+    fn number(&self) -> usize {
+        let mut matrices = self.matrices.lock().unwrap_or_else(PoisonError::into_inner);
+        matrices.next += 1;
+        matrices.next - 1
+    }
 }
 
 impl Resident {
@@ -73,10 +80,7 @@ impl Resident {
             Stored::Ggml(kind, blocks) => Blocks::Ggml(kind, bytes(blocks)?),
             Stored::Nf4(nf4) => Self::nf4(nf4, device)?,
         };
-        let mut matrices = recent.matrices.lock().unwrap_or_else(PoisonError::into_inner);
-        let number = matrices.next;
-        matrices.next += 1;
-        drop(matrices);
+        let number = recent.number();
         Ok(Some(Self { rows, columns, blocks, paired: paired.unwrap_or(0), number, recent: recent.clone() }))
     }
 
@@ -109,10 +113,7 @@ impl Resident {
         let packed = (Tensor::rand(0f32, 256.0, elements.div_ceil(2), device)?.floor()?).to_dtype(DType::U8)?;
         let scales = Tensor::full(scale, elements.div_ceil(crate::quant::nf4::BLOCK), device)?;
         let blocks = Blocks::Nf4 { packed, quantized: None, scales, offset: 0.0 };
-        let mut matrices = recent.matrices.lock().unwrap_or_else(PoisonError::into_inner);
-        let number = matrices.next;
-        matrices.next += 1;
-        drop(matrices);
+        let number = recent.number();
         Ok(Self { rows, columns, blocks, paired: 0, number, recent: recent.clone() })
     }
 
