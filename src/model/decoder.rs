@@ -185,13 +185,13 @@ impl Decoder {
     pub fn to_device(mut self, device: &Device, dtype: DType, resident: usize) -> Result<Self> {
         #[cfg(feature = "cuda")]
         if device.is_cuda() {
-            self.to_gpu(device, dtype, resident)?;
+            self.onto_gpu(device, dtype, resident)?;
         }
         Ok(self)
     }
 
     #[cfg(feature = "cuda")]
-    fn to_gpu(&mut self, device: &Device, dtype: DType, mut resident: usize) -> Result<()> {
+    fn onto_gpu(&mut self, device: &Device, dtype: DType, mut resident: usize) -> Result<()> {
         use crate::ops::cuda::weight::{Recent, Resident};
         let dense = |weight: &Weight| weight.dense(DType::F32)?.to_dtype(dtype)?.to_device(device).map(Weight::Dense);
         let vector = |tensor: &mut Tensor| {

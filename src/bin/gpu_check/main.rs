@@ -15,6 +15,7 @@ use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use candle_core::{DType, Device, Result, Tensor};
+use clap::Parser;
 use dpo_lora::device::{self, DeviceChoice};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -94,24 +95,26 @@ fn tolerance(dtype: DType) -> f64 {
     if dtype == DType::F32 { 1e-5 } else { 1e-2 }
 }
 
+/// What a GPU has to show.
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// Sizes that a device which is this CPU gets through.
+    #[arg(long)]
+    small: bool,
+    /// Where random numbers begin [default: another place each time].
+    #[arg(long)]
+    seed: Option<u64>,
+    /// The recipe that is run on both [default: recipes/quickstart.toml].
+    #[arg(long, value_name = "FILE")]
+    recipe: Option<String>,
+    /// A part to leave out.
+    #[arg(long, value_parser = ["kernels", "gradients", "recipe", "shapes"])]
+    skip: Vec<String>,
+}
+
 fn main() -> ExitCode {
     dpo_lora::allocator::keep_freed_memory();
-    let (mut skipped, mut seed, mut small, mut recipe) = (Vec::new(), None, false, None);
-    let mut arguments = std::env::args().skip(1);
-    while let Some(argument) = arguments.next() {
-        match (argument.as_str(), &mut arguments) {
-            ("--small", _) => small = true,
-            ("--seed", rest) => seed = rest.next().and_then(|seed| seed.parse().ok()),
-            ("--recipe", rest) => recipe = rest.next(),
-            ("--skip", rest) => skipped.extend(rest.next()),
-            _ => {
-                eprintln!(
-                    "gpu_check [--small] [--seed N] [--recipe FILE] [--skip kernels|gradients|recipe|shapes]..."
-                );
-                return ExitCode::from(2);
-            }
-        }
-    }
+    let Arguments { small, seed, recipe, skip } = Arguments::parse();
     let chosen = match device::choose(DeviceChoice::Cuda(0)) {
         Ok(chosen) => chosen,
         Err(error) => {
@@ -133,7 +136,7 @@ fn main() -> ExitCode {
     ];
     let mut failed = false;
     for (name, part) in parts {
-        if skipped.iter().any(|skipped| skipped == name) {
+        if skip.iter().any(|skipped| skipped == name) {
             continue;
         }
         eprintln!("{name} ...");
