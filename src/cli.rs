@@ -158,9 +158,6 @@ pub struct Decoding {
     /// Where random numbers begin.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// Answers that are generated at once [default: what memory has room for, up to 16].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
-    pub batch: Option<u32>,
 }
 
 impl Decoding {
@@ -217,7 +214,7 @@ pub struct Generate {
     #[arg(long, value_name = "FILE")]
     pub prompts: Option<PathBuf>,
     /// Only so many of them.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub limit: Option<u32>,
     /// Who answers.
     #[arg(long, value_enum, default_value_t = Side::Policy)]
@@ -228,6 +225,9 @@ pub struct Generate {
     #[expect(missing_docs, reason = "it becomes part of the help")]
     #[command(flatten)]
     pub decoding: Decoding,
+    /// Answers that are generated at once [default: what memory has room for, up to 16].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub batch: Option<u32>,
     #[expect(missing_docs, reason = "it becomes part of the help")]
     #[command(flatten)]
     pub device: Device,

@@ -26,7 +26,7 @@ pub struct Console {
 }
 
 impl Console {
-    /// Bars if stderr is a terminal, plain lines if not, nothing if `quiet`.
+    /// Bars if stderr is a terminal, plain lines if not, nothing but errors if `quiet`.
     #[must_use]
     pub fn new(quiet: bool) -> Self {
         let terminal = std::io::stderr().is_terminal();
@@ -34,7 +34,7 @@ impl Console {
         Self { bars: MultiProgress::with_draw_target(target), terminal, quiet }
     }
 
-    /// A console that says nothing.
+    /// A console that says nothing but errors.
     #[must_use]
     pub fn silent() -> Self {
         Self::new(true)
@@ -49,9 +49,14 @@ impl Console {
     /// Writes a line, above any bar.
     pub fn line(&self, text: impl Display) {
         if !self.quiet {
-            // a reader who has gone away is no reason to end a run
-            self.bars.suspend(|| _ = writeln!(std::io::stderr(), "{text}"));
+            self.error(text);
         }
+    }
+
+    /// Writes a line, above any bar, even if all else is to be quiet.
+    pub fn error(&self, text: impl Display) {
+        // a reader who has gone away is no reason to end a run
+        self.bars.suspend(|| _ = writeln!(std::io::stderr(), "{text}"));
     }
 
     /// Writes a line with a subject in front, in a column: `model    2.8M parameters`.

@@ -2,6 +2,11 @@
 
 /// The known name nearest to `written`, if one is near enough to be meant.
 pub(crate) fn did_you_mean<'k>(written: &str, known: impl IntoIterator<Item = &'k str>) -> Option<&'k str> {
+    /// What is longer is no name that was mistyped; the distance takes time and memory by its length.
+    const LONGEST: usize = 80;
+    if written.len() > LONGEST {
+        return None;
+    }
     known
         .into_iter()
         .map(|name| (strsim::damerau_levenshtein(written, name), name))
@@ -29,5 +34,10 @@ mod tests {
         assert_eq!(did_you_mean("learnig_rate", known), Some("learning_rate"));
         assert_eq!(did_you_mean("bta", known), Some("beta"));
         assert_eq!(did_you_mean("model", known), None);
+        // as long as a request may be: nothing is computed
+        let (long, longer) = ("a".repeat(80), "a".repeat(81));
+        assert_eq!(did_you_mean(&long, [&long[..]]), Some(&long[..]));
+        assert_eq!(did_you_mean(&longer, [&longer[..]]), None);
+        assert_eq!(did_you_mean(&"beta".repeat(2 << 20), known), None);
     }
 }

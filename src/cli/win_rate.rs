@@ -98,6 +98,9 @@ pub struct WinRate {
     #[expect(missing_docs, reason = "it becomes part of the help")]
     #[command(flatten, next_help_heading = "Answers")]
     pub decoding: Decoding,
+    /// Answers that are generated at once [default: what memory has room for, up to 16].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256), help_heading = "Answers")]
+    pub batch: Option<u32>,
     #[expect(missing_docs, reason = "it becomes part of the help")]
     #[command(flatten)]
     pub device: super::Device,

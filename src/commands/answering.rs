@@ -18,6 +18,8 @@ pub(super) struct Answering<'a> {
     pub(super) model: &'a Model,
     pub(super) codec: &'a Codec,
     pub(super) decoding: &'a cli::Decoding,
+    /// The most answers at once, where that was said.
+    pub(super) batch: Option<u32>,
 }
 
 /// A whole answer.
@@ -30,6 +32,13 @@ pub(super) struct Answered {
     /// Those tokens.
     #[serde(skip)]
     pub(super) ids: Vec<u32>,
+}
+
+impl Answered {
+    fn of(answer: &Answer<'_>, end: End) -> Self {
+        let ids = answer.ids().to_vec();
+        Self { text: answer.text().to_owned(), tokens: ids.len(), end, ids }
+    }
 }
 
 impl Answering<'_> {
@@ -49,7 +58,7 @@ impl Answering<'_> {
             prompts.iter().map(|prompt| prompt.ids.len()).max().unwrap_or(0) + self.decoding.max_new_tokens();
         let affordable = device::available_memory(self.model.decoder().device())
             .map_or(FEW, |bytes| bytes / 2 / Generator::slot_bytes(self.model, positions).max(1));
-        let slots = self.decoding.batch.map_or(FEW, |batch| batch as usize).min(affordable).min(prompts.len()).max(1);
+        let slots = self.batch.map_or(FEW, |batch| batch as usize).min(affordable).min(prompts.len()).max(1);
         let mut generator = Generator::new(self.model, side, slots, positions).map_err(candle)?;
         let bar = console.count_bar(
             match side {
@@ -74,15 +83,10 @@ impl Answering<'_> {
             let mut done = Vec::new();
             let step = generator.step(|next| {
                 let Some(at) = going.iter().position(|(key, ..)| *key == next.key) else { return false };
-                let answer = &mut going[at].2;
-                if let Some(token) = next.token {
-                    answer.push(token);
-                }
-                let end = if answer.stopped() { Some(End::Stop) } else { next.end };
+                let end = if going[at].2.take(next.token) { Some(End::Stop) } else { next.end };
                 if let Some(end) = end {
                     let (_, number, answer) = going.remove(at);
-                    let ids = answer.ids().to_vec();
-                    done.push((number, Answered { text: answer.text().to_owned(), tokens: ids.len(), end, ids }));
+                    done.push((number, Answered::of(&answer, end)));
                 }
                 end.is_none()
             });
@@ -110,20 +114,17 @@ impl Answering<'_> {
             return Err(request(TooLong { tokens: prompt.ids.len(), longest, text: one_line(&prompt.text, 60) }));
         }
         let mut answer = Answer::new(self.codec, &self.decoding.stop);
-        let (mut end, mut shown) = (End::Length, Ok(()));
+        let (mut end, mut shown) = (None, Ok(()));
         while !generator.is_idle() {
             let step = generator.step(|next| {
-                if let Some(token) = next.token {
-                    answer.push(token);
-                }
-                end = if answer.stopped() { End::Stop } else { next.end.unwrap_or(End::Length) };
-                shown = show(&answer.news(next.end.is_some()));
-                shown.is_ok() && !answer.stopped()
+                end = if answer.take(next.token) { Some(End::Stop) } else { next.end };
+                shown = show(&answer.news(end.is_some()));
+                shown.is_ok() && end.is_none()
             });
             step.map_err(candle)?;
         }
         shown.map_err(|e| Failure::Failed(miette::miette!("cannot write the answer: {e}")))?;
-        Ok(Answered { text: answer.text().to_owned(), tokens: answer.ids().len(), end, ids: answer.ids().to_vec() })
+        Ok(Answered::of(&answer, end.unwrap_or(End::Length)))
     }
 
     fn request(&self, prompt: &Prompt, sample: u64) -> Request {

@@ -21,7 +21,7 @@ pub fn chat(arguments: &cli::Chat) -> Result<(), Failure> {
     let console = Console::new(arguments.quiet);
     let trained = Trained::open(&arguments.trained, &console)?;
     let (model, codec) = answering::load(&trained, arguments.device.device, &console)?;
-    let answering = Answering { model: &model, codec: &codec, decoding: &arguments.decoding };
+    let answering = Answering { model: &model, codec: &codec, decoding: &arguments.decoding, batch: None };
     console.line(format_args!("\n{HELP}"));
     let system: Vec<(String, String)> = arguments.system.iter().map(|text| ("system".into(), text.clone())).collect();
     let (mut turns, mut sides) = (system.clone(), vec![Adapter::On]);
@@ -69,7 +69,7 @@ pub fn chat(arguments: &cli::Chat) -> Result<(), Failure> {
         let prompt = match prompt {
             Ok(prompt) => prompt,
             Err(error) => {
-                console.warning(error);
+                console.error(format_args!("error: {error}"));
                 turns.pop();
                 continue;
             }
@@ -84,7 +84,7 @@ pub fn chat(arguments: &cli::Chat) -> Result<(), Failure> {
             match answered {
                 Ok(answered) => answer = answered.text,
                 Err(Failure::Request(report)) => {
-                    console.line(format_args!("{report:?}"));
+                    console.error(format_args!("{report:?}"));
                     turns.pop();
                     break;
                 }

@@ -36,7 +36,7 @@ pub fn generate(arguments: &cli::Generate) -> Result<(), Failure> {
     let codec = trained.codec()?;
     let prompts = prompts(arguments, &codec, &console)?;
     let model = trained.load(None, &answering::choose(arguments.device.device, &console)?, &console)?;
-    let answering = Answering { model: &model, codec: &codec, decoding: &arguments.decoding };
+    let answering = Answering { model: &model, codec: &codec, decoding: &arguments.decoding, batch: arguments.batch };
     let sides = arguments.side.adapters();
     let mut out = io::stdout().lock();
     if let ([prompt], false) = (&prompts[..], arguments.json) {

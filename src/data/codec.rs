@@ -270,13 +270,18 @@ impl Codec {
 
     /// Ids of a text, with one BOS at the start where the tokenizer puts one and the text has none.
     pub(super) fn encode(&self, text: &str) -> Result<Vec<u32>, Bad> {
+        let mut ids = self.encode_bare(text)?;
+        if !ids.starts_with(&self.prefix) {
+            ids.splice(..0, self.prefix.iter().copied());
+        }
+        Ok(ids)
+    }
+
+    /// Ids of a text as it stands.
+    pub(super) fn encode_bare(&self, text: &str) -> Result<Vec<u32>, Bad> {
         let encoding = unpanicked(|| self.tokenizer.encode_fast(text, false))
             .map_err(|e| Bad::new(DropReason::Malformed, format!("the tokenizer fails: {e}")))?;
-        let ids = encoding.get_ids();
-        if ids.starts_with(&self.prefix) {
-            return Ok(ids.to_vec());
-        }
-        Ok(self.prefix.iter().chain(ids).copied().collect())
+        Ok(encoding.get_ids().to_vec())
     }
 
     /// Ids of a conversation: with `add_generation_prompt` up to where the assistant begins, without it to the end,

@@ -4,7 +4,6 @@ use tokenizers::DecoderWrapper;
 
 use super::DataError;
 use super::codec::Codec;
-use crate::hostile::unpanicked;
 
 impl Codec {
     /// Ids of a text as it stands; `special` puts the BOS first where the tokenizer does.
@@ -12,12 +11,8 @@ impl Codec {
     /// # Errors
     /// The tokenizer fails.
     pub fn tokenize(&self, text: &str, special: bool) -> Result<Vec<u32>, DataError> {
-        if special {
-            return self.encode(text).map_err(|bad| DataError::Prompt(bad.detail));
-        }
-        let encoding = unpanicked(|| self.tokenizer.encode_fast(text, false))
-            .map_err(|e| DataError::Prompt(format!("the tokenizer fails: {e}")))?;
-        Ok(encoding.get_ids().to_vec())
+        let ids = if special { self.encode(text) } else { self.encode_bare(text) };
+        ids.map_err(|bad| DataError::Prompt(bad.detail))
     }
 
     /// The bytes that a token stands for in the middle of a text; a special token's are its name.

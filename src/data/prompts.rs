@@ -277,6 +277,12 @@ impl<'c> Answer<'c> {
         }
     }
 
+    /// Takes a token where there is one, and says whether one of the stop texts has come.
+    pub fn take(&mut self, token: Option<u32>) -> bool {
+        token.into_iter().for_each(|token| self.push(token));
+        self.stopped
+    }
+
     /// Whether one of the stop texts has come.
     #[must_use]
     pub fn stopped(&self) -> bool {

@@ -87,9 +87,12 @@ pub enum End {
 #[derive(Debug)]
 struct Sequence {
     key: u64,
-    request: Request,
     /// Prompt and answer.
     ids: Vec<u32>,
+    /// How many of them are the prompt's.
+    prompt: usize,
+    stop_tokens: Vec<u32>,
+    sampling: Sampling,
     /// Positions that are in the cache.
     filled: usize,
     slot: usize,
@@ -175,8 +178,9 @@ impl<'m> Generator<'m> {
         }
         let (slot, key) = (self.free.pop()?, self.next_key);
         self.next_key += 1;
-        let (ids, rng) = (request.prompt.clone(), ChaCha8Rng::seed_from_u64(request.seed));
-        self.sequences.push(Sequence { key, request, ids, filled: 0, slot, budget, rng });
+        let Request { prompt: ids, stop_tokens, sampling, seed, .. } = request;
+        let (prompt, rng) = (ids.len(), ChaCha8Rng::seed_from_u64(seed));
+        self.sequences.push(Sequence { key, ids, prompt, stop_tokens, sampling, filled: 0, slot, budget, rng });
         Some(key)
     }
 
@@ -190,8 +194,18 @@ impl<'m> Generator<'m> {
     /// One token more for every sequence. `each` says whether its sequence is to go on.
     ///
     /// # Errors
-    /// A token outside the vocabulary, or what candle returns.
-    pub fn step(&mut self, mut each: impl FnMut(Next<'_>) -> bool) -> Result<()> {
+    /// A token outside the vocabulary, logits that are no numbers, or what candle returns. Sequences that `each` was not
+    /// called for are as they were.
+    pub fn step(&mut self, each: impl FnMut(Next<'_>) -> bool) -> Result<()> {
+        let mut ended = Vec::new();
+        let computed = self.pass_all(each, &mut ended);
+        // those of the passes before one that fails, too
+        ended.into_iter().for_each(|key| self.end(key));
+        computed
+    }
+
+    /// The passes of a step; `ended` gets the keys of the sequences that are at their end.
+    fn pass_all(&mut self, mut each: impl FnMut(Next<'_>) -> bool, ended: &mut Vec<u64>) -> Result<()> {
         let config = self.model.decoder.config();
         for sequence in &mut self.sequences {
             let turns_over = |(above, _): &(usize, Vec<f32>)| sequence.ids.len() == above + 1;
@@ -205,7 +219,6 @@ impl<'m> Generator<'m> {
             (0..self.sequences.len()).partition(|&i| new(&self.sequences[i]) == 1);
         let passes = prompts.chunks(1).chain(single.chunks(FEW));
         let adapters = self.model.switched(self.adapter);
-        let mut ended = Vec::new();
         for pass in passes {
             let rows: Vec<Continued<'_>> = pass
                 .iter()
@@ -217,16 +230,16 @@ impl<'m> Generator<'m> {
             let logits = self.model.decoder.step(&rows, &self.cache, adapters)?.to_dtype(candle_core::DType::F32)?;
             for (&i, logits) in pass.iter().zip(logits.to_vec2::<f32>()?) {
                 let sequence = &mut self.sequences[i];
-                if logits.iter().any(|logit| logit.is_nan()) {
+                if !is_distribution(&logits) {
                     candle_core::bail!("the model's logits are not numbers: its weights or the adapter's are broken")
                 }
                 sequence.filled = sequence.ids.len();
-                let token = choose(&logits, &sequence.ids, &sequence.request.sampling, &mut sequence.rng);
-                let stopped = sequence.request.stop_tokens.contains(&token);
+                let token = choose(&logits, &sequence.ids, &sequence.sampling, &mut sequence.rng);
+                let stopped = sequence.stop_tokens.contains(&token);
                 if !stopped {
                     sequence.ids.push(token);
                 }
-                let full = sequence.ids.len() - sequence.request.prompt.len() == sequence.budget;
+                let full = sequence.ids.len() - sequence.prompt == sequence.budget;
                 let end = match (stopped, full) {
                     (true, _) => Some(End::Stop),
                     (false, true) => Some(End::Length),
@@ -244,7 +257,6 @@ impl<'m> Generator<'m> {
                 }
             }
         }
-        ended.into_iter().for_each(|key| self.end(key));
         Ok(())
     }
 }
@@ -257,6 +269,12 @@ pub(super) struct Continued<'i> {
     pub(super) filled: usize,
     /// Where its positions begin in the cache.
     pub(super) start: usize,
+}
+
+/// Whether probabilities can be made of logits: none is NaN, and the largest is finite.
+fn is_distribution(logits: &[f32]) -> bool {
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    largest.is_finite() && !logits.iter().any(|logit| logit.is_nan())
 }
 
 /// The next token, by logits as the model gave them.
@@ -381,6 +399,15 @@ mod tests {
                     "{sampling:?}: {share} of {expected}"
                 );
             }
+        }
+    }
+
+    #[test]
+    fn logits_that_make_no_probabilities_are_refused() {
+        const LOW: f32 = f32::NEG_INFINITY;
+        assert!(is_distribution(&[1.0, LOW, -2.0]));
+        for broken in [&[1.0, f32::NAN][..], &[f32::INFINITY, 1.0], &[LOW, LOW], &[LOW, f32::NAN], &[]] {
+            assert!(!is_distribution(broken), "{broken:?}");
         }
     }
 

@@ -468,6 +468,38 @@ fn an_answer_is_the_same_whatever_is_generated_beside_it() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn what_ends_before_a_pass_that_fails_is_at_its_end() -> Result<()> {
+    let decoder = GROUPED.decoder(DType::F32);
+    let adapters = adapters(&decoder, 0.0);
+    let model = Model::new(decoder, adapters)?;
+    let request = |prompt: &[u32], max_new_tokens| Request {
+        prompt: prompt.to_vec(),
+        stop_tokens: Vec::new(),
+        max_new_tokens,
+        sampling: Sampling::default(),
+        seed: 0,
+    };
+    let mut generator = Generator::new(&model, Adapter::On, 2, 16)?;
+    generator.add(request(&[1, 2], 1)).expect("a place");
+    let broken = generator.add(request(&[1, VOCABULARY as u32], 1)).expect("a place");
+    let mut ends = Vec::new();
+    let mut step = |generator: &mut Generator<'_>| {
+        generator.step(|next| {
+            ends.push(next.end);
+            true
+        })
+    };
+    assert!(step(&mut generator).is_err(), "a token outside the vocabulary");
+    assert!(generator.has_room(), "the first answer is whole, and its place is free");
+    assert!(step(&mut generator).is_err());
+    generator.end(broken);
+    assert!(generator.is_idle());
+    step(&mut generator)?;
+    assert_eq!(ends, [Some(End::Length)]);
+    Ok(())
+}
+
 /// At the start of every run the policy is the reference: the loss is exactly what its formula gives at zero.
 #[test]
 fn with_b_zero_the_policy_is_the_reference_bit_for_bit() -> Result<()> {

@@ -42,9 +42,7 @@ fn divergence(p: &[f32], q: &[f32]) -> Divergence {
         logits.iter().enumerate().fold((0, f32::NEG_INFINITY), |top, (i, &x)| if x > top.1 { (i, x) } else { top })
     };
     let (top_p, top_q) = (top(p), top(q));
-    let log_sum = |logits: &[f32], top: f32| {
-        f64::from(top) + logits.iter().map(|&x| f64::from(x - top).exp()).sum::<f64>().ln()
-    };
+    let log_sum = |logits: &[f32], top: f32| f64::from(top) + ln_sum(logits, top);
     let (log_p, log_q) = (log_sum(p, top_p.1), log_sum(q, top_q.1));
     let kl = p.iter().zip(q).map(|(&p, &q)| {
         let (p, q) = (f64::from(p) - log_p, f64::from(q) - log_q);
@@ -52,6 +50,11 @@ fn divergence(p: &[f32], q: &[f32]) -> Divergence {
     });
     // below zero by rounding only
     Divergence { kl: kl.sum::<f64>().max(0.0), same_top: top_p.0 == top_q.0 }
+}
+
+/// The logarithm of what all logits weigh beside the largest, summed in f64.
+pub(crate) fn ln_sum(logits: &[f32], largest: f32) -> f64 {
+    logits.iter().map(|&logit| f64::from(logit - largest).exp()).sum::<f64>().ln()
 }
 
 #[cfg(test)]

@@ -228,8 +228,8 @@ impl App {
         }
     }
 
-    /// Tokens that an answer may have, of at most `wanted`, after so many of the prompt.
-    fn room(&self, param: &str, prompt: usize, wanted: usize) -> Result<usize, ApiError> {
+    /// Refuses an answer of `wanted` tokens that has no room after so many of the prompt.
+    fn room(&self, param: &str, prompt: usize, wanted: usize) -> Result<(), ApiError> {
         let Settings { context, max_tokens, .. } = self.settings;
         if wanted > max_tokens {
             return Err(ApiError::param("max_tokens", format!("an answer has at most {max_tokens} tokens here")));
@@ -243,7 +243,7 @@ impl App {
             let error = ApiError::param(param, message);
             return Err(error.with(StatusCode::BAD_REQUEST, "context_length_exceeded"));
         }
-        Ok(wanted)
+        Ok(())
     }
 }
 
@@ -327,14 +327,18 @@ async fn completions(State(app): State<Arc<App>>, request: Request) -> Result<Re
     if prompts.is_empty() || prompts.len() > MOST_PROMPTS {
         return Err(ApiError::param("prompt", format!("a request has from 1 to {MOST_PROMPTS} prompts")));
     }
-    let ids = aside(move || {
-        let one = |text| match text {
-            Text::Ids(ids) => Ok(ids),
-            Text::Words(text) => codec.tokenize(&text, true).map_err(|error| of_text("prompt", &error)),
+    let read = aside(move || {
+        let one = |text| {
+            let ids = match text {
+                Text::Ids(ids) => ids,
+                Text::Words(text) => codec.tokenize(&text, true).map_err(|error| of_text("prompt", &error))?,
+            };
+            let choice = Choice { text: if echo { codec.decode(&ids) } else { String::new() }, ..Choice::default() };
+            Ok((ids, choice))
         };
-        prompts.into_iter().map(one).collect::<Result<Vec<_>, _>>()
+        prompts.into_iter().map(one).collect::<Result<(Vec<_>, Vec<_>), ApiError>>()
     });
-    let prompts = ids.await??;
+    let (prompts, mut choices) = read.await??;
     for ids in &prompts {
         if ids.is_empty() {
             return Err(ApiError::param("prompt", "a prompt has no tokens, and nothing could come after it"));
@@ -357,12 +361,7 @@ async fn completions(State(app): State<Arc<App>>, request: Request) -> Result<Re
         return Err(ApiError::param("n", format!("a request has at most {MOST_ANSWERS} answers")));
     }
     let used = Arc::new(Used { model, prompt: prompts.iter().map(Vec::len).sum(), ..Used::default() });
-    let mut choices = Vec::with_capacity(prompts.len());
     let mut next = vec![None; prompts.len()];
-    for ids in &prompts {
-        let text = if echo { app.codec.decode(ids) } else { String::new() };
-        choices.push(Choice { text, ..Choice::default() });
-    }
     if let (true, Some(top)) = (is_scored, logprobs) {
         let mut events = app.send(side, Work::Scores { prompts: prompts.clone(), top });
         for _ in 0..prompts.len() {
@@ -402,6 +401,11 @@ async fn completions(State(app): State<Arc<App>>, request: Request) -> Result<Re
     reply(&app, side, answers, choices, head, common.stream, place).await
 }
 
+/// Tokens that each of so many answers has with as many log-probabilities as there may be.
+fn told(logprobs: Option<usize>, answers: usize) -> usize {
+    logprobs.map_or(usize::MAX, |top| MOST_LOGPROBS / ((top + 1) * answers))
+}
+
 /// Refuses what asks for too many log-probabilities: of so many tokens of prompts, and of answers with so many each.
 fn few_logprobs(logprobs: Option<usize>, prompts: usize, answers: usize, tokens: usize) -> Result<(), ApiError> {
     let Some(top) = logprobs else { return Ok(()) };
@@ -439,7 +443,7 @@ async fn chat(State(app): State<Arc<App>>, request: Request) -> Result<Response,
     let ids = prompt.await??.ids;
     app.in_vocabulary(&ids, "messages")?;
     let all = app.settings.context.saturating_sub(ids.len()).clamp(1, app.settings.max_tokens);
-    let wanted = common.max_tokens.unwrap_or(all);
+    let wanted = common.max_tokens.unwrap_or(all.min(told(logprobs, common.n)));
     if wanted == 0 {
         return Err(ApiError::param("max_tokens", "an answer has at least one token"));
     }
@@ -498,7 +502,7 @@ async fn reply(
             };
             choices[answer].take(event, &used)?;
         }
-        head.whole(&choices)
+        if head.logprobs { aside(move || head.whole(&choices)).await? } else { head.whole(&choices) }
     };
     app.ended.fetch_add(1, Ordering::Relaxed);
     response.extensions_mut().insert(used);
@@ -570,5 +574,20 @@ impl hyper::body::Body for Logged {
 
     fn size_hint(&self) -> hyper::body::SizeHint {
         self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_of_no_given_length_have_as_many_log_probabilities_as_there_may_be() {
+        assert_eq!(told(None, MOST_ANSWERS), usize::MAX);
+        for (top, answers) in [(0, 1), (20, 1), (3, 7), (20, MOST_ANSWERS)] {
+            let tokens = told(Some(top), answers);
+            assert!(tokens > 100 && few_logprobs(Some(top), 0, answers, tokens).is_ok(), "{top} {answers}");
+            assert!(few_logprobs(Some(top), 0, answers, tokens + 1).is_err(), "{top} {answers}");
+        }
     }
 }

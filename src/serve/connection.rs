@@ -35,6 +35,8 @@ pub(super) async fn accept(app: Arc<App>, listener: TcpListener, interrupt: &Int
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     let graceful = GracefulShutdown::new();
     let patience = app.settings.timeout;
+    // of several errors in a row the first is told
+    let mut fails = false;
     loop {
         let next = async {
             let Ok(place) = places.clone().acquire_owned().await else { return Err(io::Error::other("closed")) };
@@ -43,14 +45,21 @@ pub(super) async fn accept(app: Arc<App>, listener: TcpListener, interrupt: &Int
         let (stream, place) = tokio::select! {
             next = next => match next {
                 Ok(next) => next,
-                Err(_) => {
-                    // a client that was gone at once, or no free file descriptor
+                // a client that was gone at once
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
+                Err(error) => {
+                    // no free file descriptor, as a rule
+                    if !fails {
+                        app.console.warning(format_args!("connections cannot be taken, and wait: {error}"));
+                    }
+                    fails = true;
                     sleep(LOOK).await;
                     continue;
                 }
             },
             () = asked(interrupt) => break,
         };
+        fails = false;
         // an event is sent when it is there
         let _ = stream.set_nodelay(true);
         let service = TowerToHyperService::new(router.clone());

@@ -12,6 +12,7 @@ use super::score::{Scored, Scoring};
 use crate::data::{Answer, Codec};
 use crate::model::generate::{End, Generator, Next, Request};
 use crate::model::{Adapter, Model};
+use crate::ops::divergence::ln_sum;
 use crate::progress::Console;
 
 /// The log-probability of a token, and of those that were most probable in its place.
@@ -27,9 +28,9 @@ impl TokenLogprob {
     /// By the logits as the model gave them. The log-softmax is computed in f64.
     pub(super) fn of(logits: &[f32], id: u32, top: usize) -> Self {
         let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let sum: f64 = logits.iter().map(|&logit| f64::from(logit - largest).exp()).sum();
+        let sum = ln_sum(logits, largest);
         let logp = |id: u32| match logits.get(id as usize) {
-            Some(&logit) => f64::from(logit - largest) - sum.ln(),
+            Some(&logit) => f64::from(logit - largest) - sum,
             None => f64::NEG_INFINITY,
         };
         let mut best: Vec<u32> = Vec::with_capacity(top + 1);
@@ -107,10 +108,10 @@ struct Side<'m> {
     going: Vec<Going<'m>>,
 }
 
+/// A request with answers that are not begun, each with its number.
 #[derive(Debug)]
 struct Waiting {
-    number: usize,
-    asked: Asked,
+    answers: VecDeque<(usize, Asked)>,
     to: UnboundedSender<Event>,
 }
 
@@ -161,7 +162,7 @@ impl<'m> Engine<'m> {
                 self.end_all(|| Event::Stopped);
             }
             if let Err(error) = self.step() {
-                self.console.warning(format_args!("the model could not compute a request: {error}"));
+                self.console.error(format_args!("error: the model could not compute a request: {error}"));
                 self.end_all(|| Event::Failed);
             }
         }
@@ -177,8 +178,7 @@ impl<'m> Engine<'m> {
             Work::Answers(answers) => {
                 let [off, on] = &mut self.sides;
                 let side = if side == Adapter::Off { off } else { on };
-                let answers = answers.into_iter().enumerate();
-                side.waiting.extend(answers.map(|(number, asked)| Waiting { number, asked, to: to.clone() }));
+                side.waiting.push_back(Waiting { answers: answers.into_iter().enumerate().collect(), to });
             }
         }
     }
@@ -216,7 +216,7 @@ impl<'m> Engine<'m> {
 impl Side<'_> {
     fn step(&mut self) -> Result<()> {
         let Self { codec, generator, waiting, going, .. } = self;
-        waiting.retain(|waiting| !waiting.to.is_closed());
+        waiting.retain(|waiting| !waiting.to.is_closed() && !waiting.answers.is_empty());
         // a client who has gone away makes room
         going.retain(|going| {
             let wanted = !going.to.is_closed();
@@ -226,12 +226,20 @@ impl Side<'_> {
             wanted
         });
         while generator.has_room() {
-            let Some(Waiting { number, asked, to }) = waiting.pop_front() else { break };
+            let Some(at) = fewest(waiting.iter().map(|waiting| &waiting.to), going.iter().map(|going| &going.to))
+            else {
+                break;
+            };
+            let to = waiting[at].to.clone();
+            let Some((number, asked)) = waiting[at].answers.pop_front() else { break };
+            if waiting[at].answers.is_empty() {
+                waiting.remove(at);
+            }
             let Asked { request, stops, continues, logprobs } = asked;
-            let context = if continues { request.prompt.clone() } else { Vec::new() };
+            let context = if continues { &request.prompt[..] } else { &[] };
+            let answer = Answer::after(codec, Cow::Owned(stops), context);
             match generator.add(request) {
                 Some(key) => {
-                    let answer = Answer::after(codec, Cow::Owned(stops), &context);
                     going.push(Going { key, number, answer, continues, logprobs, begins: Vec::new(), to });
                 }
                 // the prompt takes all there is
@@ -252,14 +260,23 @@ impl Side<'_> {
     }
 }
 
+/// Which of the requests that wait has the fewest answers going, the first of equals: so one that asks for many answers
+/// does not stand before those that ask for one.
+fn fewest<'t>(
+    waiting: impl Iterator<Item = &'t UnboundedSender<Event>>,
+    going: impl Iterator<Item = &'t UnboundedSender<Event>> + Clone,
+) -> Option<usize> {
+    let count = |to: &UnboundedSender<Event>| going.clone().filter(|going| going.same_channel(to)).count();
+    waiting.map(count).enumerate().min_by_key(|(_, count)| *count).map(|(at, _)| at)
+}
+
 impl Going<'_> {
     /// Takes a token, tells of it, and says whether the answer goes on.
     fn take(&mut self, next: &Next<'_>) -> bool {
-        if let Some(token) = next.token {
+        if next.token.is_some() {
             self.begins.push(self.answer.text().len());
-            self.answer.push(token);
         }
-        let end = if self.answer.stopped() { Some(End::Stop) } else { next.end };
+        let end = if self.answer.take(next.token) { Some(End::Stop) } else { next.end };
         let text = self.answer.news(end.is_some());
         // OpenAI's completions tell of the token that ends a text too, and its chats do not
         let told = self.logprobs.filter(|_| self.continues || next.token.is_some());
@@ -274,5 +291,25 @@ impl Going<'_> {
             _ = self.to.send(Event::End { answer: self.number, end, tokens: self.answer.ids().len(), cut });
         }
         end.is_none()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::mpsc::unbounded_channel;
+
+    use super::*;
+
+    #[test]
+    fn the_request_with_the_fewest_answers_going_is_next() {
+        let ((many, _a), (few, _b), (new, _c)) = (unbounded_channel(), unbounded_channel(), unbounded_channel());
+        let next = |waiting: &[&UnboundedSender<Event>], going: &[&UnboundedSender<Event>]| {
+            fewest(waiting.iter().copied(), going.iter().copied())
+        };
+        assert_eq!(next(&[], &[&many]), None);
+        assert_eq!(next(&[&many, &few], &[]), Some(0), "in order of equals");
+        assert_eq!(next(&[&many, &few], &[&many, &many, &few]), Some(1));
+        assert_eq!(next(&[&many, &few, &new], &[&many, &many.clone(), &few]), Some(2));
+        assert_eq!(next(&[&many, &few], &[&few, &many]), Some(0));
     }
 }

@@ -98,9 +98,13 @@ impl Head {
         json(StatusCode::OK, &Value::Object(body))
     }
 
+    /// What an event of a stream has.
+    fn part_object(&self, choices: Vec<Value>) -> Map<String, Value> {
+        self.object(if self.kind == Kind::Chat { "chat.completion.chunk" } else { "text_completion" }, choices)
+    }
+
     fn chunk(&self, choice: Value) -> Bytes {
-        let object = if self.kind == Kind::Chat { "chat.completion.chunk" } else { "text_completion" };
-        let mut body = self.object(object, vec![choice]);
+        let mut body = self.part_object(vec![choice]);
         if self.include_usage {
             body.insert("usage".into(), Value::Null);
         }
@@ -147,14 +151,15 @@ impl Head {
                 let (mut texts, mut logps) = (Vec::<Value>::new(), Vec::<Value>::new());
                 let (mut tops, mut offsets) = (Vec::<Value>::new(), Vec::<Value>::new());
                 for Entry { id, logp, top } in tokens {
-                    texts.push(shown(&self.codec.piece(*id)).into());
+                    let piece = self.codec.piece(*id);
+                    texts.push(shown(&piece).into());
                     logps.push(logp.map_or(Value::Null, finite));
                     tops.push(logp.map_or(Value::Null, |logp| self.top(*id, logp, top)));
                     offsets.push((*offset).into());
-                    let length = length(&self.codec, *id);
+                    let length = if self.codec.is_special(*id) { 0 } else { characters(&piece) };
                     // a text of SentencePiece begins with a space that is left out
                     let begins = *offset == 0 && length > 0 && !text.is_empty() && !text.starts_with(' ');
-                    *offset += length - usize::from(begins && self.codec.piece(*id).starts_with(b" "));
+                    *offset += length - usize::from(begins && piece.starts_with(b" "));
                 }
                 json!({"tokens": texts, "token_logprobs": logps, "top_logprobs": tops, "text_offset": offsets})
             }
@@ -194,9 +199,9 @@ fn shown(bytes: &[u8]) -> String {
     }
 }
 
-/// Characters that a token adds to the text: those that begin in it.
-fn length(codec: &Codec, id: u32) -> usize {
-    if codec.is_special(id) { 0 } else { codec.piece(id).iter().filter(|&byte| byte & 0xc0 != 0x80).count() }
+/// Characters that begin in a token.
+fn characters(piece: &[u8]) -> usize {
+    piece.iter().filter(|&byte| byte & 0xc0 != 0x80).count()
 }
 
 fn finish_reason(end: End) -> &'static str {
@@ -310,8 +315,7 @@ impl Stream {
         if self.left == 0 && !self.done {
             self.done = true;
             if self.head.include_usage {
-                let object = if self.head.kind == Kind::Chat { "chat.completion.chunk" } else { "text_completion" };
-                let mut body = self.head.object(object, Vec::new());
+                let mut body = self.head.part_object(Vec::new());
                 body.insert("usage".into(), self.head.used.usage());
                 self.ready.push_back(event(&Value::Object(body)));
             }

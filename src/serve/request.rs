@@ -176,7 +176,14 @@ impl Parameters {
                 if let Some(name) = options.keys().next() {
                     return Err(unknown(&format!("stream_options.{name}"), name, ["include_usage"]));
                 }
-                usage == Some(Value::Bool(true))
+                match usage {
+                    None | Some(Value::Null) => false,
+                    Some(Value::Bool(usage)) => usage,
+                    Some(_) => {
+                        let param = "stream_options.include_usage";
+                        return Err(ApiError::param(param, format!("{param} is true or false")));
+                    }
+                }
             }
             None => false,
         };
@@ -358,11 +365,17 @@ impl Chat {
 impl Tokenize {
     pub(super) fn read(body: &[u8]) -> Result<Self, ApiError> {
         let mut parameters = Parameters::of(body)?;
+        let has_messages = parameters.0.get("messages").is_some_and(|messages| !messages.is_null());
         let text = match parameters.take::<String>("prompt", "a text")? {
+            Some(_) if has_messages => {
+                return Err(ApiError::param("messages", "there are prompt and messages; one of them is tokenized"));
+            }
             Some(text) => Ok(text),
-            None if parameters.0.contains_key("messages") => Err(parameters.messages()?),
+            None if has_messages => Err(parameters.messages()?),
             None => return Err(ApiError::param("prompt", "prompt or messages is missing")),
         };
+        parameters.0.shift_remove("messages");
+        // of messages the chat template says it
         let special = parameters.take("add_special_tokens", "true or false")?.unwrap_or(true);
         // one tokenizer serves both models
         parameters.only("add_generation_prompt", &[Value::Bool(true)])?;
@@ -421,11 +434,29 @@ mod tests {
         assert!(with(r#""best_of": 3"#).contains("best_of"));
         assert!(with(r#""stop": [1]"#).contains("a list of texts"));
         assert!(with(r#""stream_options": {"include_usages": true}"#).contains("did you mean include_usage?"));
+        assert!(with(r#""stream_options": {"include_usage": "yes"}"#).contains("include_usage is true or false"));
+        // a name as long as a request may be is shown in part, and compared with nothing
+        let long = with(&format!(r#""{}": 1"#, "temperature".repeat(700_000)));
+        assert!(long.contains("unknown_parameter") && !long.contains("did you mean") && long.len() < 500);
         // what changes nothing is taken
         let taken = r#"{"model": "m", "prompt": "a", "presence_penalty": 0, "logit_bias": {}, "best_of": 1, "user": "u",
             "suffix": null, "seed": -3, "stop": "x", "max_tokens": null}"#;
         let taken = completions(taken).expect("understood");
         assert_eq!((taken.common.seed, taken.common.stop), (Some(u64::MAX - 2), vec!["x".to_owned()]));
+    }
+
+    #[test]
+    fn a_text_or_messages_are_tokenized() {
+        let read = |text: &str| Tokenize::read(text.as_bytes()).map_err(|error| error.body().to_string());
+        let messages = r#""messages": [{"role": "user", "content": "a"}]"#;
+        assert!(
+            read(&format!(r#"{{"prompt": "a", {messages}}}"#)).expect_err("both").contains("prompt and messages")
+        );
+        assert!(read(&format!(r#"{{"prompt": null, {messages}}}"#)).is_ok_and(|read| read.text.is_err()));
+        assert!(read(r#"{"prompt": "a", "messages": null}"#).is_ok_and(|read| read.text.is_ok()));
+        assert!(read(r#"{"messages": null}"#).expect_err("none").contains("prompt or messages is missing"));
+        let wrong = read(&format!(r#"{{{messages}, "add_special_tokens": "no"}}"#));
+        assert!(wrong.expect_err("no flag").contains("add_special_tokens is true or false"));
     }
 
     #[test]

@@ -10,8 +10,8 @@ use rayon::prelude::*;
 use super::engine::TokenLogprob;
 use crate::model::{Adapter, Keep, Model, Packed, Packer, PromptSpan};
 
-/// Rows of one forward pass, unless a single prompt has more: enough for products of full speed, few enough that
-/// answers beside it do not wait long.
+/// Rows of one forward pass, unless a single prompt has more, or prompts with a long beginning in common: enough for
+/// products of full speed, few enough that answers beside it do not wait long.
 const ROWS: usize = 1024;
 /// Rows whose logits are held at once where more than the most probable token is asked for.
 const CHUNK: usize = 32;
@@ -110,11 +110,14 @@ impl Group {
     }
 }
 
-/// Puts prompts together that begin alike, where that saves rows.
+/// Puts prompts together that begin alike, where that saves rows, and as far as one pass has room for what follows their
+/// beginning.
 fn groups(prompts: &[Vec<u32>]) -> Vec<Group> {
     let mut order: Vec<usize> = (0..prompts.len()).collect();
     order.sort_by(|&a, &b| prompts[a].cmp(&prompts[b]));
     let mut groups: Vec<Group> = Vec::new();
+    // ids of the last group's members
+    let mut all = 0;
     for prompt in order {
         let ids = &prompts[prompt];
         if let Some(group) = groups.last_mut() {
@@ -122,12 +125,16 @@ fn groups(prompts: &[Vec<u32>]) -> Vec<Group> {
             let common = beginning.iter().zip(ids).take_while(|(a, b)| a == b).count();
             // the members so far have to compute by themselves what is not common to all any more; and what shares little
             // may share more with the next one
-            if 2 * common >= ids.len() && common > (group.members.len() - 1) * (group.shared - common) {
+            let saves = 2 * common >= ids.len() && common > (group.members.len() - 1) * (group.shared - common);
+            let own = all + ids.len() - (group.members.len() + 1) * common;
+            if saves && own <= ROWS && group.members.len() < ROWS {
                 group.shared = common;
                 group.members.push(prompt);
+                all += ids.len();
                 continue;
             }
         }
+        all = ids.len();
         groups.push(Group { shared: ids.len(), members: vec![prompt] });
     }
     groups
@@ -183,5 +190,27 @@ mod tests {
         let prompts = [long(1), long(1), [1].into(), [2].into()];
         let found: Vec<usize> = super::groups(&prompts).iter().map(|group| group.shared).collect();
         assert_eq!(found, [1, 50, 1]);
+    }
+
+    #[test]
+    fn a_long_request_is_many_passes() {
+        // 2048 prompts of one beginning, and as many that are the same
+        let prompts = |own: u32| -> Vec<Vec<u32>> {
+            (0..2048).map(|i| (0..100).map(|at| if at < 60 { at } else { i * own }).collect()).collect()
+        };
+        // what is the same for all is computed once, and one pass has room for it
+        for (prompts, least, passes) in [(prompts(1), 2048 * 40 / ROWS, 2048 * 40 / ROWS), (prompts(0), 2, 1)] {
+            let groups = groups(&prompts);
+            assert!((least..=least + 8).contains(&groups.len()), "{}", groups.len());
+            assert!(groups.iter().all(|group| group.rows(&prompts) <= ROWS + 60 && group.members.len() <= ROWS));
+            let mut all: Vec<usize> = groups.iter().flat_map(|group| group.members.clone()).collect();
+            all.sort_unstable();
+            assert_eq!(all, (0..2048).collect::<Vec<_>>());
+            assert!(Scoring::new(prompts, 0).passes.len() >= passes);
+        }
+        // a long question is computed once for its answers all the same
+        let long: Vec<Vec<u32>> =
+            (0..4).map(|i| (0..3001).map(|at| if at < 3000 { at } else { i }).collect()).collect();
+        assert_eq!(groups(&long), [Group { shared: 3000, members: vec![0, 1, 2, 3] }]);
     }
 }

@@ -98,6 +98,7 @@ fn what_cannot_be_answered_is_said_with_its_place() {
         (&["--prompt", "x", "--temperature=-1"], "it is a number from 0 on"),
         (&["--prompt", "x", "--top-p", "1.5"], "it is a number from 0 to 1"),
         (&["--prompt", "x", "--max-new-tokens", "0"], "0 is not in 1.."),
+        (&["--prompt", "x", "--limit", "0"], "0 is not in 1.."),
     ] {
         let output = place.run(&[&["generate", "run"], arguments].concat());
         assert_eq!(output.status.code(), Some(2), "{arguments:?}: {}", stderr(&output));
@@ -125,6 +126,15 @@ fn a_conversation_is_had_with_either_side() {
     let twice = chat(&format!("{question}\n{question}\n"));
     assert_eq!(twice.lines().next(), policy.lines().next());
     assert_eq!(chat("/unknown\n"), "");
+    // what cannot be answered is said to whoever wants only errors, and left out of the conversation
+    let input = format!("{}\n{question}\n", "long ".repeat(600));
+    let refused = with_input(&place, &["chat", "run", "-q", "--max-new-tokens", "9"], &input);
+    let told = stderr(&refused);
+    assert!(told.contains("and the model takes") && told.contains("shorten or leave it out"), "{told}");
+    assert_eq!(stdout(&refused), policy);
+    // one answer at a time
+    let output = place.run(&["chat", "run", "--batch", "2"]);
+    assert!(output.status.code() == Some(2) && stderr(&output).contains("--batch"), "{}", stderr(&output));
 }
 
 /// 200 tokens after a prompt, base and adapter; `scripts/make_generation_fixtures.py`.

@@ -214,6 +214,7 @@ fn base_and_policy_answer_as_they_do_without_a_server() {
     stops_and_several(&server);
     scores(&server);
     wrong_requests(&server);
+    no_descriptors(&server);
 
     let log = server.logged();
     assert!(log.contains("200  POST /v1/chat/completions  my  "), "{log}");
@@ -293,12 +294,16 @@ fn scores(server: &Server) {
         );
     }
     // alone, with more beside each token, without the one that comes next, and generated as well as scored: the same
+    assert_eq!(scored.len(), prompts.len());
     let numbers =
         |choice: &Value| -> Vec<f64> { list(choice, "token_logprobs").iter().filter_map(Value::as_f64).collect() };
     for (i, prompt) in prompts.iter().enumerate() {
         let expected = numbers(&scored[i]);
         for (logprobs, max_tokens) in [(1, 1), (5, 1), (1, 0), (0, 3)] {
             let found = numbers(&ask(json!(prompt), logprobs, max_tokens)[0]);
+            // of all tokens but the first, and of those that come after
+            let scored = expected.len() - 1;
+            assert!(scored >= 3 && found.len() == scored + max_tokens as usize, "{prompt}: {found:?}");
             // sums of f32 in another order
             let same = expected.iter().zip(&found).all(|(a, b)| (a - b).abs() < 2e-5);
             assert!(same, "{logprobs} {max_tokens} {expected:?} {found:?}");
@@ -339,6 +344,24 @@ fn wrong_requests(server: &Server) {
     let mut stream = server.connect();
     stream.write_all(b"GET /v1/models HTTP/1.1\r\nHost: evil.example:80\r\nConnection: close\r\n\r\n").expect("sent");
     expect(error(&read(stream)), 403, "wrong_host");
+}
+
+/// A connection that cannot be taken waits, and that is said once.
+fn no_descriptors(server: &Server) {
+    use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
+    let limit = |new: Rlimit| prlimit(Some(Pid::from_child(&server.child)), Resource::Nofile, new).expect("set");
+    let before = limit(Rlimit { current: Some(0), maximum: getrlimit(Resource::Nofile).maximum });
+    let waits = server.send("GET", "/health", "", "");
+    let begun = Instant::now();
+    let warnings = || server.logged().matches("connections cannot be taken").count();
+    while warnings() == 0 && begun.elapsed() < Duration::from_secs(10) {
+        thread::sleep(Duration::from_millis(10));
+    }
+    // some more tries
+    thread::sleep(Duration::from_millis(200));
+    limit(before);
+    assert_eq!(read(waits).status, 200);
+    assert_eq!(warnings(), 1, "{}", server.logged());
 }
 
 /// More than a second's work, as one request.
@@ -464,23 +487,28 @@ fn scores_are_those_of_transformers_and_peft() {
             let body = json!({"model": side, "prompt": prompts, "echo": true, "logprobs": logprobs, "temperature": 0,
                 "max_tokens": 1});
             let answer = server.answer(COMPLETIONS, &body);
-            for (choice, expected) in
-                answer["choices"].as_array().expect("a list").iter().zip(golden[side].as_array().expect("a list"))
-            {
+            let (choices, golden) = (answer["choices"].as_array(), golden[side].as_array());
+            let (choices, golden) = (choices.expect("a list"), golden.expect("a list"));
+            assert!(!golden.is_empty() && choices.len() == golden.len());
+            for (choice, expected) in choices.iter().zip(golden) {
                 let logps = choice["logprobs"]["token_logprobs"].as_array().expect("a list");
                 let tops = choice["logprobs"]["top_logprobs"].as_array().expect("a list");
                 let theirs = expected["logps"].as_array().expect("a list");
-                assert_eq!(logps.len(), theirs.len() + 2);
+                let theirs_top = expected["top"].as_array().expect("a list");
+                assert!(!theirs.is_empty() && theirs_top.len() == theirs.len());
+                assert_eq!((logps.len(), tops.len()), (theirs.len() + 2, theirs.len() + 2));
                 for (ours, theirs) in logps[1..].iter().zip(theirs) {
                     let (ours, theirs) = (ours.as_f64().expect("a number"), theirs.as_f64().expect("a number"));
                     // both compute in f32; the policy's logits are some tens
                     assert!((ours - theirs).abs() < 1e-4, "{side}: {ours} {theirs}");
                 }
-                for (ours, theirs) in tops[1..].iter().zip(expected["top"].as_array().expect("a list")) {
+                for (ours, theirs) in tops[1..].iter().zip(theirs_top) {
                     let mut ours: Vec<f64> =
                         ours.as_object().expect("a map").values().filter_map(Value::as_f64).collect();
                     ours.sort_by(|a, b| b.total_cmp(a));
-                    for (ours, theirs) in ours.iter().zip(theirs.as_array().expect("a list")).take(logprobs) {
+                    let theirs = theirs.as_array().expect("a list");
+                    assert!(ours.len() >= logprobs && theirs.len() >= logprobs);
+                    for (ours, theirs) in ours.iter().zip(theirs).take(logprobs) {
                         assert!(
                             (ours - theirs[1].as_f64().expect("a number")).abs() < 1e-4,
                             "{side}: {ours} {theirs}"

@@ -271,9 +271,9 @@ impl Work<'_> {
             repetition_penalty: 1.0,
             stop: Vec::new(),
             seed: self.arguments.seed,
-            batch: self.arguments.batch,
         };
-        let answering = Answering { model: self.model, codec: self.codec, decoding: &decoding };
+        let batch = self.arguments.batch;
+        let answering = Answering { model: self.model, codec: self.codec, decoding: &decoding, batch };
         let sample = |adapter| -> Result<Vec<Sampled>, Failure> {
             let answers = answering.all(&prompts, adapter, self.console, |_, _| Ok(()))?;
             let sampled = prompts.iter().zip(answers).map(|(prompt, answer)| Sampled {

@@ -180,7 +180,8 @@ impl Request {
                 _ => None,
             };
             let model = trained.load(reference, &chosen, console)?;
-            let answering = Answering { model: &model, codec: &codec, decoding: &arguments.decoding };
+            let answering =
+                Answering { model: &model, codec: &codec, decoding: &arguments.decoding, batch: arguments.batch };
             interrupt.save_first();
             if let Some((_, other)) = &mut other {
                 other.fill(&answering, side, &prompts, console, interrupt)?;
