@@ -37,6 +37,11 @@ impl Interrupt {
         self.at_once.store(false, Ordering::Relaxed);
     }
 
+    /// From now on there is nothing to save again: the next signal ends the process. One that came before is still noted.
+    pub fn saved(&self) {
+        self.at_once.store(true, Ordering::Relaxed);
+    }
+
     /// The exit code to stop with, if somebody asked: 130 for Ctrl-C, 143 for SIGTERM.
     #[must_use]
     pub fn asked(&self) -> Option<u8> {

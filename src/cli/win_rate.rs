@@ -7,11 +7,12 @@ use clap::{Args, ValueEnum};
 use super::{Decoding, Trained};
 use crate::judge::Price;
 use crate::judge::verdict::Form;
+use crate::model::generate::Sampling;
 
 pub(super) const HELP: &str = "\
 Both sides answer the same prompts, a judge is asked which answer is better, in both orders, and the share of prompts that the
-policy wins comes with its interval. Everything is kept in the folder --out as it comes: the same command goes on where it was
-stopped, and asks nothing twice.
+policy wins comes with its interval. Answers are kept in the user's cache as they come, and verdicts in the folder --out, where
+the answers that were compared stand too: the same command goes on where it was stopped, and asks nothing twice.
 
 A judge is any endpoint that speaks OpenAI's chat completions. Its key is read from the environment variable that
 --judge-key-env names, and written nowhere. `readability` needs no network: it measures which answer is easier to read by
@@ -60,9 +61,12 @@ impl std::str::FromStr for Gate {
     }
 }
 
+/// The most tokens of an answer where nothing else is said.
+const MAX_NEW_TOKENS: &str = "1024";
+
 /// `dpo-lora win-rate`
 #[derive(Debug, Args)]
-#[command(mut_arg("max_new_tokens", |argument| argument.default_value("1024")))]
+#[command(mut_arg("max_new_tokens", |argument| argument.default_value(MAX_NEW_TOKENS)))]
 pub struct WinRate {
     #[expect(missing_docs, reason = "it becomes part of the help")]
     #[command(flatten)]
@@ -108,7 +112,7 @@ pub struct WinRate {
     /// Do only this part.
     #[arg(long, value_enum, help_heading = "Results")]
     pub stage: Option<Stage>,
-    /// Where everything is kept [default: RUN/win-rate/AGAINST-by-JUDGE].
+    /// Where verdicts, results and the answers that were compared are kept [default: RUN/win-rate/AGAINST-by-JUDGE].
     #[arg(long, value_name = "DIR", help_heading = "Results")]
     pub out: Option<PathBuf>,
     /// The share of prompts without a verdict that is too much.
@@ -126,6 +130,29 @@ pub struct WinRate {
     /// No progress, only errors.
     #[arg(short, long, help_heading = "Results")]
     pub quiet: bool,
+}
+
+impl WinRate {
+    /// An argument that says what is answered, or how, where it says anything else than what holds without it.
+    pub(crate) fn about_answers(&self) -> Option<&'static str> {
+        let (plain, decoding) = (Sampling::default(), &self.decoding);
+        let given = [
+            ("--prompts", self.prompts.is_some()),
+            ("--limit", self.limit.is_some()),
+            ("--plain", self.plain),
+            ("--allow-leak", self.allow_leak),
+            ("--max-new-tokens", decoding.max_new_tokens.to_string() != MAX_NEW_TOKENS),
+            ("--temperature", decoding.temperature != plain.temperature),
+            ("--top-p", decoding.top_p != plain.top_p),
+            ("--top-k", decoding.top_k as usize != plain.top_k),
+            ("--min-p", decoding.min_p != plain.min_p),
+            ("--repetition-penalty", decoding.repetition_penalty != plain.repetition_penalty),
+            ("--stop", !decoding.stop.is_empty()),
+            ("--seed", decoding.seed != 0),
+            ("--batch", self.batch.is_some()),
+        ];
+        given.into_iter().find_map(|(name, given)| given.then_some(name))
+    }
 }
 
 /// Who judges.

@@ -396,7 +396,7 @@ impl Origin {
 }
 
 /// Moves a random choice of `count` items, in random order, to the front (Fisher and Yates).
-fn shuffle_first(items: &mut [u32], count: usize, rng: &mut ChaCha8Rng) {
+pub(crate) fn shuffle_first(items: &mut [u32], count: usize, rng: &mut ChaCha8Rng) {
     for i in 0..count.min(items.len()) {
         let other = i + below((items.len() - i) as u64, rng) as usize;
         items.swap(i, other);

@@ -26,6 +26,7 @@ use thiserror::Error;
 
 pub use choices::{ChoiceForm, Question, load_choices};
 pub use codec::Codec;
+pub(crate) use dataset::shuffle_first;
 pub use dataset::{Dataset, DropReason, Dropped, Drops, Example, Facts};
 pub use prompts::{Answer, Prompt, load_prompts};
 pub use source::{Place, Source, Sources};

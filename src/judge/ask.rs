@@ -20,6 +20,7 @@ use super::prompt::{Message, Shown};
 use super::report::Pair;
 use super::verdict::{Answer, Understood};
 use crate::interrupt::Interrupt;
+use crate::ops::uniform;
 use crate::progress::{Bar, one_line};
 use crate::statistics::Order;
 
@@ -88,6 +89,21 @@ impl EndpointJudge {
         Ok(Known::Invalid(problem, keys))
     }
 
+    /// A question of which everybody knows the answer.
+    ///
+    /// # Errors
+    /// What is wrong with the judge's template.
+    pub fn small_question(&self) -> Result<Asked, String> {
+        let shown = Shown {
+            prompt: "What is two and two?",
+            turns: &[],
+            a: "Two and two is four.",
+            b: "Two and two is a kind of fish.",
+            reference: Some("Four."),
+        };
+        Ok(self.asked(self.prompt.messages(self.form, &shown)?, 0))
+    }
+
     fn asked(&self, mut messages: Vec<Message>, attempt: u32) -> Asked {
         let (mut temperature, mut seed) = (self.temperature, self.seed);
         if attempt > 0
@@ -140,15 +156,16 @@ pub struct Usage {
 }
 
 impl Usage {
-    /// As an answer says it.
+    /// As an answer says it; none where it says nothing about it.
     #[must_use]
-    pub fn of(response: &Value) -> Self {
-        let number = |path: &str| response.pointer(path).and_then(Value::as_u64).unwrap_or(0);
-        Self {
-            prompt: number("/usage/prompt_tokens"),
-            cached: number("/usage/prompt_tokens_details/cached_tokens"),
-            completion: number("/usage/completion_tokens"),
-        }
+    pub fn of(response: &Value) -> Option<Self> {
+        let usage = response.get("usage").filter(|usage| usage.is_object())?;
+        let number = |path: &str| usage.pointer(path).and_then(Value::as_u64).unwrap_or(0);
+        Some(Self {
+            prompt: number("/prompt_tokens"),
+            cached: number("/prompt_tokens_details/cached_tokens"),
+            completion: number("/completion_tokens"),
+        })
     }
 
     /// What it costs.
@@ -218,13 +235,17 @@ impl Budget {
     }
 
     /// Gives back what was reserved, and takes what was spent; nothing where there was no answer.
-    fn settle(&self, reserved: f64, usage: Option<Usage>) {
+    fn settle(&self, reserved: f64, answer: Option<&Value>) {
         let mut state = self.state();
         state.going -= 1;
         state.reserved -= reserved;
-        if let Some(usage) = usage {
+        if let Some(response) = answer {
             state.calls += 1;
-            state.dollars += self.price.map_or(0.0, |price| usage.dollars(&price));
+            state.dollars += match (Usage::of(response), &self.price) {
+                (Some(usage), Some(price)) => usage.dollars(price),
+                // whoever does not say what was read and written may charge all of it
+                _ => reserved,
+            };
         }
     }
 
@@ -308,6 +329,8 @@ pub struct Caller<'a> {
 pub enum NoAnswer {
     /// To this call, this time.
     Failed(String),
+    /// The endpoint has answered: this call will never have one.
+    Refused(String),
     /// To any call: what is wrong, and what to do.
     Fatal(String, String),
     /// The budget is spent.
@@ -332,28 +355,33 @@ impl Caller<'_> {
         let stop = || stop() || self.interrupt.asked().is_some();
         let mut tried = 0;
         loop {
+            if stop() {
+                return Err(NoAnswer::Stopped);
+            }
             // about four bytes a token; half as many for what may be spent, so that it holds for other languages too
-            let tokens = read / 4 + u64::from(chat.max_tokens.min(256));
-            let turn = self.pace.turn(tokens, stop).ok_or(NoAnswer::Stopped)?;
             let reserved = match self.budget.reserve(read / 2, chat.max_tokens.into()) {
                 Room::Yes(reserved) => reserved,
                 Room::No => return Err(NoAnswer::Spent),
                 Room::Later => {
-                    drop(turn);
                     thread::sleep(LOOK);
                     continue;
                 }
             };
+            // after the budget: a turn counts as a call of this minute whether one is made or not
+            let Some(turn) = self.pace.turn(read / 4 + u64::from(chat.max_tokens.min(256)), stop) else {
+                self.budget.settle(reserved, None);
+                return Err(NoAnswer::Stopped);
+            };
             let result = self.endpoint.call(chat);
             drop(turn);
-            self.budget.settle(reserved, result.as_ref().ok().map(|reply| Usage::of(&reply.response)));
+            self.budget.settle(reserved, result.as_ref().ok().map(|reply| &reply.response));
             let (problem, wait) = match result {
                 Ok(Reply { response, hold }) => {
                     self.pace.went_well(hold);
                     return Ok(response);
                 }
                 Err(Trouble::Changed(_)) => continue,
-                Err(Trouble::Refused(problem)) => return Err(NoAnswer::Failed(problem)),
+                Err(Trouble::Refused(problem)) => return Err(NoAnswer::Refused(problem)),
                 Err(Trouble::Fatal { problem, help }) => return Err(NoAnswer::Fatal(problem, help)),
                 Err(Trouble::Later { problem, wait, limited }) => {
                     if limited {
@@ -366,7 +394,7 @@ impl Caller<'_> {
             if tried >= tries {
                 return Err(NoAnswer::Failed(problem));
             }
-            let until = Instant::now() + Duration::from_secs_f64(pause(wait, tried - 1, unit(jitter)));
+            let until = Instant::now() + Duration::from_secs_f64(pause(wait, tried - 1, uniform(jitter.next_u64())));
             while Instant::now() < until {
                 if stop() {
                     return Err(NoAnswer::Stopped);
@@ -378,39 +406,64 @@ impl Caller<'_> {
 }
 
 /// Random numbers for pauses, which no result depends on.
-#[must_use]
-pub fn jitter(number: u64) -> ChaCha8Rng {
+fn jitter(number: u64) -> ChaCha8Rng {
     ChaCha8Rng::seed_from_u64((u64::from(std::process::id()) << 32) | number)
 }
 
-/// A judge that can be asked.
-#[derive(Debug, Clone, Copy)]
-pub struct Asking<'a> {
-    /// Who judges.
-    pub judge: &'a EndpointJudge,
-    /// How it is called.
-    pub caller: Caller<'a>,
+/// Why a job of [`all`] has no answer.
+#[derive(Debug)]
+pub enum End {
+    /// It will not have one this time.
+    Failed(String),
+    /// Nor any other time, though there is somebody who answers.
+    Refused(String),
+    /// Work ends, and why.
+    Work(Result<Ended, AskError>),
+    /// Work has ended elsewhere.
+    Stopped,
+}
+
+impl From<NoAnswer> for End {
+    fn from(why: NoAnswer) -> Self {
+        match why {
+            NoAnswer::Failed(problem) => Self::Failed(problem),
+            NoAnswer::Refused(problem) => Self::Refused(problem),
+            NoAnswer::Fatal(problem, help) => Self::Work(Err(AskError::Fatal { problem, help })),
+            NoAnswer::Spent => Self::Work(Ok(Ended::Spent)),
+            NoAnswer::Stopped => Self::Stopped,
+        }
+    }
+}
+
+impl From<AskError> for End {
+    fn from(error: AskError) -> Self {
+        Self::Work(Err(error))
+    }
+}
+
+impl From<LogError> for End {
+    fn from(error: LogError) -> Self {
+        Self::Work(Err(error.into()))
+    }
 }
 
 /// What workers share.
-struct Shared<'l> {
-    questions: Mutex<VecDeque<Question>>,
-    log: Mutex<&'l mut Log>,
+struct Shared<J> {
+    jobs: Mutex<VecDeque<J>>,
     stop: AtomicBool,
     end: Mutex<Option<Result<Ended, AskError>>>,
-    judged: AtomicUsize,
-    invalid: AtomicUsize,
-    /// Questions without an answer, all of them and since the last one with one.
+    /// Jobs without an answer, all of them and since the last one that the endpoint has said anything to.
     failed: AtomicUsize,
     in_a_row: AtomicUsize,
     first_failure: Mutex<Option<String>>,
 }
 
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// What a mutex holds, whatever became of those who had it before.
+pub fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Shared<'_> {
+impl<J> Shared<J> {
     /// Ends the work; the first who says so is right.
     fn end(&self, how: Result<Ended, AskError>) {
         let mut end = locked(&self.end);
@@ -424,6 +477,79 @@ impl Shared<'_> {
     fn stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }
+
+    fn failed(&self, problem: String) {
+        self.failed.fetch_add(1, Ordering::Relaxed);
+        locked(&self.first_failure).get_or_insert(problem);
+    }
+
+    fn work(&self, interrupt: &Interrupt, number: u64, each: &Each<'_, J>) {
+        let mut jitter = jitter(number);
+        while !self.stopped() {
+            if let Some(code) = interrupt.asked() {
+                return self.end(Ok(Ended::Interrupted(code)));
+            }
+            let Some(job) = locked(&self.jobs).pop_front() else { return };
+            match each(job, &mut jitter, &|| self.stopped()) {
+                Ok(()) => self.in_a_row.store(0, Ordering::Relaxed),
+                Err(End::Refused(problem)) => {
+                    self.failed(problem);
+                    self.in_a_row.store(0, Ordering::Relaxed);
+                }
+                Err(End::Failed(problem)) => {
+                    self.failed(problem.clone());
+                    if self.in_a_row.fetch_add(1, Ordering::Relaxed) + 1 >= GONE {
+                        self.end(Err(AskError::Gone(problem)));
+                    }
+                }
+                Err(End::Work(how)) => self.end(how),
+                // by somebody who asked to stop, or by another worker, who has said why
+                Err(End::Stopped) => {}
+            }
+        }
+    }
+}
+
+/// What is done for a job, with random numbers for pauses, and whether to stop.
+type Each<'e, J> = dyn Fn(J, &mut ChaCha8Rng, &dyn Fn() -> bool) -> Result<(), End> + Sync + 'e;
+
+/// Does jobs that need an endpoint, several at a time, in their order.
+///
+/// # Errors
+/// See [`AskError`].
+pub fn all<J: Send>(
+    jobs: Vec<J>,
+    workers: usize,
+    interrupt: &Interrupt,
+    each: &Each<'_, J>,
+) -> Result<Ended, AskError> {
+    let workers = workers.min(jobs.len());
+    let shared = Shared {
+        jobs: Mutex::new(jobs.into()),
+        stop: AtomicBool::new(false),
+        end: Mutex::new(None),
+        failed: AtomicUsize::new(0),
+        in_a_row: AtomicUsize::new(0),
+        first_failure: Mutex::new(None),
+    };
+    thread::scope(|scope| {
+        for number in 0..workers {
+            let shared = &shared;
+            scope.spawn(move || shared.work(interrupt, number as u64, each));
+        }
+    });
+    let failed = shared.failed.into_inner();
+    let first = shared.first_failure.into_inner().unwrap_or_else(PoisonError::into_inner);
+    shared.end.into_inner().unwrap_or_else(PoisonError::into_inner).unwrap_or(Ok(Ended::Done(failed, first)))
+}
+
+/// A judge that can be asked.
+#[derive(Debug, Clone, Copy)]
+pub struct Asking<'a> {
+    /// Who judges.
+    pub judge: &'a EndpointJudge,
+    /// How it is called.
+    pub caller: Caller<'a>,
 }
 
 impl Asking<'_> {
@@ -439,57 +565,19 @@ impl Asking<'_> {
         log: &mut Log,
         bar: &Bar<'_>,
     ) -> Result<Ended, AskError> {
-        let workers = workers.min(questions.len());
-        let shared = Shared {
-            questions: Mutex::new(questions.into()),
-            log: Mutex::new(log),
-            stop: AtomicBool::new(false),
-            end: Mutex::new(None),
-            judged: AtomicUsize::new(0),
-            invalid: AtomicUsize::new(0),
-            failed: AtomicUsize::new(0),
-            in_a_row: AtomicUsize::new(0),
-            first_failure: Mutex::new(None),
-        };
-        thread::scope(|scope| {
-            for number in 0..workers {
-                let shared = &shared;
-                scope.spawn(move || self.work(pairs, shared, number as u64, bar));
+        let log = Mutex::new(log);
+        let (judged, invalid) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        all(questions, workers, self.caller.interrupt, &|question, jitter, stopped| {
+            let problem = self.answer(pairs, question, &log, jitter, stopped)?;
+            bar.advance(1);
+            let judged = judged.fetch_add(1, Ordering::Relaxed) + 1;
+            let Some(last) = problem else { return Ok(()) };
+            let invalid = invalid.fetch_add(1, Ordering::Relaxed) + 1;
+            match invalid >= TOO_MANY_INVALID && judged <= START {
+                true => Err(AskError::Unreadable { invalid, judged, last: one_line(&last, 300) }.into()),
+                false => Ok(()),
             }
-        });
-        let failed = shared.failed.into_inner();
-        let first = shared.first_failure.into_inner().unwrap_or_else(PoisonError::into_inner);
-        shared.end.into_inner().unwrap_or_else(PoisonError::into_inner).unwrap_or(Ok(Ended::Done(failed, first)))
-    }
-
-    fn work(&self, pairs: &[Pair<'_>], shared: &Shared<'_>, number: u64, bar: &Bar<'_>) {
-        let mut jitter = jitter(number);
-        while !shared.stopped() {
-            if let Some(code) = self.caller.interrupt.asked() {
-                return shared.end(Ok(Ended::Interrupted(code)));
-            }
-            let Some(question) = locked(&shared.questions).pop_front() else { return };
-            match self.answer(pairs, question, shared, &mut jitter) {
-                Ok(understood) => {
-                    bar.advance(1);
-                    shared.in_a_row.store(0, Ordering::Relaxed);
-                    let judged = shared.judged.fetch_add(1, Ordering::Relaxed) + 1;
-                    let Some(last) = understood else { continue };
-                    let invalid = shared.invalid.fetch_add(1, Ordering::Relaxed) + 1;
-                    if invalid >= TOO_MANY_INVALID && judged <= START {
-                        shared.end(Err(AskError::Unreadable { invalid, judged, last: one_line(&last, 300) }));
-                    }
-                }
-                Err(End::Stopped) => {}
-                Err(End::Failed(problem)) => {
-                    shared.failed.fetch_add(1, Ordering::Relaxed);
-                    locked(&shared.first_failure).get_or_insert_with(|| problem.clone());
-                    if shared.in_a_row.fetch_add(1, Ordering::Relaxed) + 1 >= GONE {
-                        shared.end(Err(AskError::Gone(problem)));
-                    }
-                }
-            }
-        }
+        })
     }
 
     /// Makes a question known: none where it was understood, what is wrong where it was not.
@@ -497,47 +585,30 @@ impl Asking<'_> {
         &self,
         pairs: &[Pair<'_>],
         question: Question,
-        shared: &Shared<'_>,
+        log: &Mutex<&mut Log>,
         jitter: &mut ChaCha8Rng,
+        stopped: &dyn Fn() -> bool,
     ) -> Result<Option<String>, End> {
         let shown = shown(&pairs[question.pair], question.order);
-        let ends = |how: Result<Ended, AskError>| {
-            shared.end(how);
-            End::Stopped
-        };
         loop {
-            let known = self.judge.known(&shown, |key| locked(&shared.log).get(key).cloned());
-            let asked = match known.map_err(|problem| ends(Err(AskError::Template(problem))))? {
+            let known = self.judge.known(&shown, |key| locked(log).get(key).cloned());
+            let asked = match known.map_err(AskError::Template)? {
                 Known::Understood(..) => return Ok(None),
                 Known::Invalid(problem, _) => return Ok(Some(problem)),
                 Known::Open(asked) => asked,
             };
             let begun = Instant::now();
-            let response = self.caller.call(&asked.chat(self.judge), TRIES, jitter, || shared.stopped());
-            let response = response.map_err(|why| match why {
-                NoAnswer::Failed(problem) => End::Failed(problem),
-                NoAnswer::Fatal(problem, help) => ends(Err(AskError::Fatal { problem, help })),
-                NoAnswer::Spent => ends(Ok(Ended::Spent)),
-                NoAnswer::Stopped => match self.caller.interrupt.asked() {
-                    Some(code) => ends(Ok(Ended::Interrupted(code))),
-                    None => End::Stopped,
-                },
-            })?;
-            let order = match question.order {
-                Order::PolicyFirst => 1,
-                Order::PolicySecond => 2,
-            };
+            let response = self.caller.call(&asked.chat(self.judge), TRIES, jitter, stopped)?;
             let entry = json!({
                 "prompt": question.pair,
-                "order": order,
+                "order": question.order.number(),
                 "attempt": asked.attempt,
                 "time": jiff::Timestamp::now().to_string(),
                 "seconds": begun.elapsed().as_secs_f64(),
                 "changes": self.caller.endpoint.changes(),
                 "response": response,
             });
-            let pushed = locked(&shared.log).push(&asked.key, &entry);
-            pushed.map_err(|error| ends(Err(error.into())))?;
+            locked(log).push(&asked.key, &entry)?;
         }
     }
 
@@ -549,15 +620,7 @@ impl Asking<'_> {
     /// No call will have an answer.
     pub fn canary(&self, log: &mut Log, from_log: bool) -> Result<Option<String>, AskError> {
         const TRIES: u32 = 3;
-        let shown = Shown {
-            prompt: "What is two and two?",
-            turns: &[],
-            a: "Two and two is four.",
-            b: "Two and two is a kind of fish.",
-            reference: Some("Four."),
-        };
-        let messages = self.judge.prompt.messages(self.judge.form, &shown).map_err(AskError::Template)?;
-        let asked = self.judge.asked(messages, 0);
+        let asked = self.judge.small_question().map_err(AskError::Template)?;
         let understood = |response: &Value| {
             let [a, b] = &self.judge.prompt.labels;
             (Answer { response }).understand(self.judge.form, [a, b], self.judge.scale()).err()
@@ -572,7 +635,7 @@ impl Asking<'_> {
                 Ok(understood(&response))
             }
             Err(NoAnswer::Fatal(problem, help)) => Err(AskError::Fatal { problem, help }),
-            Err(NoAnswer::Failed(problem)) => Err(AskError::Gone(problem)),
+            Err(NoAnswer::Failed(problem) | NoAnswer::Refused(problem)) => Err(AskError::Gone(problem)),
             Err(NoAnswer::Spent) => Err(AskError::Fatal {
                 problem: "the budget does not suffice for a single call".into(),
                 help: "raise --max-cost, or lower max_tokens in the judge's file".into(),
@@ -580,14 +643,6 @@ impl Asking<'_> {
             Err(NoAnswer::Stopped) => Err(AskError::Gone("it was interrupted".into())),
         }
     }
-}
-
-/// Why a question has no answer.
-enum End {
-    /// It will not have one this time.
-    Failed(String),
-    /// Work ends.
-    Stopped,
 }
 
 impl Asked {
@@ -610,13 +665,10 @@ impl Asked {
     }
 }
 
-fn unit(rng: &mut ChaCha8Rng) -> f64 {
-    (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::judge::Calls;
 
     #[test]
     fn a_budget_holds_while_calls_are_under_way() {
@@ -624,20 +676,84 @@ mod tests {
         let budget = Budget::new(Some(3), Some(30e-6), Some(price));
         let fifteen = 15e-6;
         assert_eq!([(); 3].map(|()| budget.reserve(5, 1)), [Room::Yes(fifteen), Room::Yes(fifteen), Room::Later]);
-        budget.settle(fifteen, Some(Usage { prompt: 4, cached: 0, completion: 0 }));
+        budget.settle(fifteen, Some(&json!({"usage": {"prompt_tokens": 4, "completion_tokens": 0}})));
         budget.settle(fifteen, None);
         assert_eq!((budget.calls(), budget.dollars().map(|d| (d * 1e6).round())), (1, Some(4.0)));
         assert_eq!(budget.reserve(5, 3), Room::No, "it could cost more than is left");
         assert_eq!([(); 3].map(|()| budget.reserve(0, 0)), [Room::Yes(0.0), Room::Yes(0.0), Room::Later]);
-        budget.settle(0.0, Some(Usage::default()));
-        budget.settle(0.0, Some(Usage::default()));
+        budget.settle(0.0, Some(&json!({"usage": {}})));
+        budget.settle(0.0, Some(&json!({"usage": {}})));
         assert_eq!(budget.reserve(0, 0), Room::No, "three calls were answered");
     }
 
     #[test]
     fn usage_is_what_the_endpoint_says() {
         let response = json!({"usage": {"prompt_tokens": 7, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 3}}});
-        assert_eq!(Usage::of(&response), Usage { prompt: 7, cached: 3, completion: 2 });
-        assert_eq!(Usage::of(&json!({"usage": null})), Usage::default());
+        assert_eq!(Usage::of(&response), Some(Usage { prompt: 7, cached: 3, completion: 2 }));
+        assert_eq!(Usage::of(&json!({"usage": null})), None);
+        assert_eq!(Usage::of(&json!({})), None);
+    }
+
+    #[test]
+    fn an_answer_that_does_not_say_what_it_took_costs_what_was_reserved() {
+        let price = Price { input: 1.0, cached_input: None, output: 10.0 };
+        let budget = Budget::new(None, Some(30e-6), Some(price));
+        for spent in [15.0, 30.0] {
+            let Room::Yes(reserved) = budget.reserve(5, 1) else { panic!("{spent}: there is room") };
+            budget.settle(reserved, Some(&json!({"choices": []})));
+            assert_eq!(budget.dollars().map(|dollars| (dollars * 1e6).round()), Some(spent));
+        }
+        assert_eq!(budget.reserve(5, 1), Room::No);
+    }
+
+    /// What becomes of so many jobs, where `each` says what becomes of one, by one worker.
+    fn ended(jobs: usize, each: impl Fn(usize) -> Result<(), End> + Sync) -> (Result<Ended, AskError>, usize) {
+        let done = AtomicUsize::new(0);
+        let interrupt = Interrupt::listen().expect("signals");
+        let ended = all((0..jobs).collect(), 1, &interrupt, &|job, _, _| {
+            done.fetch_add(1, Ordering::Relaxed);
+            each(job)
+        });
+        (ended, done.into_inner())
+    }
+
+    #[test]
+    fn who_refuses_is_there_and_who_says_nothing_is_gone() {
+        let refused = |job: usize| End::Refused(format!("{job} is too long"));
+        let (end, done) = ended(20, |job| Err(refused(job)));
+        assert_eq!((end.expect("done"), done), (Ended::Done(20, Some("0 is too long".into())), 20));
+        let silent = |_: usize| Err(End::Failed("there is no answer in time".into()));
+        let (end, done) = ended(20, silent);
+        assert!(matches!(end, Err(AskError::Gone(_))) && done == GONE, "{done}");
+        // seven, and then a word of it
+        let (end, done) = ended(20, |job| if job % GONE == 7 { Err(refused(job)) } else { silent(job) });
+        assert_eq!((end.expect("done"), done), (Ended::Done(20, Some("there is no answer in time".into())), 20));
+    }
+
+    #[test]
+    fn waiting_for_the_budget_takes_nothing_of_a_minutes_calls() {
+        let calls = Calls { rpm: Some(1), ..Calls::of("http://127.0.0.1:1", None) };
+        let (pace, budget) = (Pace::new(&calls), Budget::new(Some(1), None, None));
+        let endpoint = Endpoint::new("http://127.0.0.1:1", &calls).expect("an endpoint");
+        let interrupt = Interrupt::listen().expect("signals");
+        let caller = Caller { endpoint: &endpoint, pace: &pace, budget: &budget, interrupt: &interrupt };
+        let none = serde_json::Map::new();
+        let chat = Chat {
+            model: "m",
+            messages: &[],
+            temperature: None,
+            max_tokens: 1,
+            seed: None,
+            form: None,
+            extra_body: &none,
+        };
+        // a call is under way, and who waits for what it leaves is stopped
+        assert_eq!(budget.reserve(0, 0), Room::Yes(0.0));
+        let after_three_looks = || {
+            let looks = std::cell::Cell::new(0);
+            move || looks.replace(looks.get() + 1) >= 3
+        };
+        assert_eq!(caller.call(&chat, 1, &mut jitter(0), after_three_looks()), Err(NoAnswer::Stopped));
+        assert!(pace.turn(1, after_three_looks()).is_some(), "the one call of this minute can still be made");
     }
 }

@@ -352,6 +352,19 @@ impl Judge {
         }
     }
 
+    /// Its price, where it has none itself, from what was kept of the same judge.
+    #[must_use]
+    pub fn with_price_of(self, kept: Option<Self>) -> Self {
+        match (self, kept) {
+            (Self::Endpoint(judge), Some(Self::Endpoint(kept)))
+                if judge.price.is_none() && (&judge.base_url, &judge.model) == (&kept.base_url, &kept.model) =>
+            {
+                Self::Endpoint(Box::new(EndpointJudge { price: kept.price, ..*judge }))
+            }
+            (judge, _) => judge,
+        }
+    }
+
     /// Whether it is a model.
     #[must_use]
     pub fn is_model(&self) -> bool {

@@ -1,6 +1,7 @@
 //! An endpoint that speaks OpenAI's chat completions: one call, and what its answer means.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -16,6 +17,9 @@ use crate::progress::one_line;
 const MAX_ANSWER: u64 = 16 << 20;
 /// A server may ask for no longer wait than this.
 const LONGEST_WAIT: f64 = 60.0;
+/// Nothing shorter is a secret. What is sent to endpoints that want any key, such as `x` or `token`, stands in texts that have
+/// nothing to do with it.
+const SECRET: usize = 8;
 /// How many likely tokens are asked for where their probabilities are the verdict.
 const TOP_LOGPROBS: u32 = 20;
 
@@ -43,6 +47,7 @@ impl Key {
     /// Takes the key out of what a server says: some repeat it.
     fn scrub(&self, value: &mut Value) {
         match value {
+            _ if self.0.len() < SECRET => {}
             Value::String(text) if text.contains(&self.0) => *text = self.scrubbed(text),
             Value::Array(items) => items.iter_mut().for_each(|item| self.scrub(item)),
             Value::Object(object) => {
@@ -56,7 +61,7 @@ impl Key {
     }
 
     fn scrubbed(&self, text: &str) -> String {
-        text.replace(&self.0, "[key]")
+        if self.0.len() < SECRET { text.to_owned() } else { text.replace(&self.0, "[key]") }
     }
 }
 
@@ -155,8 +160,7 @@ impl Endpoint {
     /// Whether a key would go over the network for all to read.
     #[must_use]
     pub fn sends_key_openly(&self) -> bool {
-        let local = ["http://localhost", "http://127.", "http://[::1]"];
-        self.key.is_some() && self.url.starts_with("http://") && !local.iter().any(|host| self.url.starts_with(host))
+        self.key.is_some() && self.url.strip_prefix("http://").is_some_and(|rest| !is_local(rest))
     }
 
     /// What was left out or changed, since the endpoint does not take it.
@@ -217,7 +221,7 @@ impl Endpoint {
         if !parts.status.is_success() {
             return Err(self.refusal(&parts, value.as_ref(), &text, chat, adapted));
         }
-        let is_answer = |value: &Value| value.get("choices").is_some_and(Value::is_array);
+        let is_answer = |value: &Value| value.pointer("/choices/0/message").is_some_and(Value::is_object);
         match value.filter(is_answer) {
             Some(response) => Ok(Reply { response, hold: hold(&parts.headers) }),
             None => Err(later(format!("the answer is no chat completion: {}", self.told(&text)))),
@@ -251,7 +255,10 @@ impl Endpoint {
             401 | 403 => {
                 return fatal(match self.key {
                     Some(_) => "the key that was sent is not accepted there",
-                    None => "it wants a key: --judge-key-env names the environment variable with it",
+                    None => {
+                        "it wants a key: --judge-key-env, and for --against --against-key-env, names the environment variable \
+                         with it"
+                    }
                 });
             }
             402 => return fatal("the account has nothing to pay with"),
@@ -323,6 +330,17 @@ impl Endpoint {
         let text = self.key.as_ref().map_or_else(|| text.to_owned(), |key| key.scrubbed(text));
         one_line(&text, 300)
     }
+}
+
+/// Whether an address, from its host on, is one of this machine.
+fn is_local(rest: &str) -> bool {
+    let authority = rest.split('/').next().unwrap_or_default();
+    let host = match authority.strip_prefix('[') {
+        Some(address) => address.split(']').next(),
+        None => authority.split(':').next(),
+    };
+    let host = host.unwrap_or_default();
+    host == "localhost" || host.parse().is_ok_and(|address: IpAddr| address.is_loopback())
 }
 
 fn body(chat: &Chat<'_>, adapted: Adapted) -> Value {
@@ -552,6 +570,32 @@ mod tests {
         Key("sk-secret".into()).scrub(&mut value);
         assert_eq!(value, json!({"a": ["x [key]"], "[key]": {"b": "[key]"}}));
         assert!(!format!("{endpoint:?}").contains("secret"));
+    }
+
+    #[test]
+    fn a_key_that_is_no_secret_leaves_texts_alone() {
+        let key = Key("token".into());
+        let mut value = json!({"completion_tokens": 1, "choices": ["a token is a word"]});
+        let before = value.clone();
+        key.scrub(&mut value);
+        assert_eq!(value, before);
+        assert_eq!(key.scrubbed("no token left"), "no token left");
+    }
+
+    #[test]
+    fn a_key_stays_on_this_machine_or_is_warned_of() {
+        let openly = |url: &str| Endpoint { url: url.to_owned(), ..endpoint(Some("sk-secret")) }.sends_key_openly();
+        for local in
+            ["http://localhost:8000/v1", "http://127.0.0.1/v1", "http://127.8.0.1:1/v1", "http://[::1]:80/v1"]
+        {
+            assert!(!openly(local), "{local}");
+        }
+        for other in
+            ["http://127.evil.com/v1", "http://localhost.evil.com/v1", "http://10.0.0.1:8000/v1", "http://h/v1"]
+        {
+            assert!(openly(other), "{other}");
+        }
+        assert!(!openly("https://127.evil.com/v1"));
     }
 
     #[test]

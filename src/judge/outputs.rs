@@ -8,7 +8,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use thiserror::Error;
 
-use crate::files::{self, WriteError};
 use crate::model::generate::End;
 use crate::tensor_file::describe_io;
 
@@ -149,15 +148,6 @@ struct Answered {
     text: String,
     tokens: usize,
     end: End,
-}
-
-/// Writes answers.
-///
-/// # Errors
-/// The system's.
-pub fn write(file: &Path, outputs: &[Output]) -> Result<(), WriteError> {
-    let text = serde_json::to_string_pretty(outputs).map_err(|e| files::cannot_write(file)(e.into()))?;
-    files::write(file, format!("{text}\n").as_bytes())
 }
 
 /// Answers by what they answer: by the text, else by id where both sides have one.

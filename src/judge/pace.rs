@@ -99,8 +99,8 @@ impl Pace {
     }
 
     /// Calls that may be made at once now.
-    #[must_use]
-    pub fn limit(&self) -> usize {
+    #[cfg(test)]
+    fn limit(&self) -> usize {
         self.state().limit
     }
 }

@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 use super::outputs::Output;
 use crate::model::generate::End;
 use crate::statistics::{
-    self, Bootstrap, Clusters, Estimate, LENGTH_RIDGE, LengthControlled, Orders, Outcome, Outcomes, Style,
-    StyleControlled, Votes,
+    self, Bootstrap, Clusters, Estimate, LENGTH_RIDGE, LengthControlled, Orders, Outcomes, Style, StyleControlled,
+    Votes,
 };
 
 /// Answers that are cut off, above which a comparison is about where they were cut.
@@ -191,7 +191,7 @@ pub struct Report {
     pub bounds: Option<[f64; 2]>,
     /// Two-sided, of wins and losses.
     pub sign_test: f64,
-    /// Win rate where a win takes both orders; none of a judge without orders.
+    /// Win rate where a win takes both orders; none of a judge without orders, or without a verdict.
     pub conservative: Option<f64>,
     /// Win rate at equal length; none of a judge that is a formula, or where all lengths differ alike.
     pub length_controlled: Option<LengthControlled>,
@@ -310,7 +310,7 @@ impl Report {
             win_rate,
             bounds: (unresolved > 0).then(|| statistics::bounds(&values, unresolved)),
             sign_test: statistics::sign_test(wins, losses),
-            conservative: settings.by_model.then(|| statistics::mean(&conservative)),
+            conservative: (settings.by_model && !conservative.is_empty()).then(|| statistics::mean(&conservative)),
             length_controlled,
             style_controlled,
             orders,
@@ -318,7 +318,12 @@ impl Report {
             categories: categories(pairs, &scores),
             cost: about.cost,
             warnings: about.warnings,
-            detectable: statistics::detectable_difference(statistics::standard_deviation(&values), values.len()),
+            // where nothing is scored there is no standard error, and nothing shows
+            detectable: if values.is_empty() {
+                0.0
+            } else {
+                statistics::detectable_difference(win_rate.standard_error)
+            },
             clusters: clusters.len(),
             samples: samples(pairs, judged, &scores),
             sampling: about.sampling,
@@ -456,12 +461,6 @@ impl Judged {
             Self::Votes(_, said) | Self::Invalid(_, said) | Self::Missing(_, said) => said,
             Self::Identical => &[],
         }
-    }
-
-    /// How the policy came out, where it is known.
-    #[must_use]
-    pub fn outcome(&self, settings: &Settings) -> Option<Outcome> {
-        self.score(settings).map(Outcome::of)
     }
 }
 

@@ -113,10 +113,9 @@ impl Answer<'_> {
             let cut = if self.was_cut() { "; it was cut off: raise max_tokens" } else { "" };
             format!("there is no verdict in it{cut}: {}", shortened(text, 300))
         })?;
-        let said = serde_json::to_value(verdict).ok();
         Ok(Understood {
             vote: verdict.vote(scale),
-            verdict: said.as_ref().and_then(Value::as_str).unwrap_or_default().to_owned(),
+            verdict: verdict.name().to_owned(),
             reason: reason.map(|reason| shortened(&reason, 2000)).filter(|reason| !reason.is_empty()),
         })
     }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::Model;
 use super::decoder::Adapter;
 use super::layer::LayerCache;
-use crate::ops::FEW;
+use crate::ops::{FEW, uniform};
 
 /// How the next token is chosen, in the order of transformers: the penalty first, then temperature, `top_k`, `top_p` and
 /// `min_p`.
@@ -280,8 +280,7 @@ fn is_distribution(logits: &[f32]) -> bool {
 /// The next token, by logits as the model gave them.
 fn choose(logits: &[f32], ids: &[u32], sampling: &Sampling, rng: &mut ChaCha8Rng) -> u32 {
     let kept = candidates(logits, ids, sampling);
-    let uniform = (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
-    let mut left = uniform * kept.iter().map(|(_, weight)| weight).sum::<f64>();
+    let mut left = uniform(rng.next_u64()) * kept.iter().map(|(_, weight)| weight).sum::<f64>();
     let drawn = kept.iter().find(|(_, weight)| {
         left -= weight;
         left < 0.0

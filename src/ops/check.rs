@@ -27,7 +27,7 @@ pub(crate) fn composed<R>(f: impl FnOnce() -> Result<R>) -> Result<R> {
 pub(crate) fn normal(seed: u64, shape: impl Into<Shape>) -> Result<Tensor> {
     let shape = shape.into();
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let mut uniform = || (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
+    let mut uniform = || super::uniform(rng.next_u64());
     let values: Vec<f64> = (0..shape.elem_count())
         .map(|_| (-2.0 * (1.0 - uniform()).ln()).sqrt() * (std::f64::consts::TAU * uniform()).cos())
         .collect();

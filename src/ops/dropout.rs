@@ -43,8 +43,7 @@ pub fn apply(x: &Tensor, dropout: &Dropout<'_>) -> Result<Tensor> {
     for (mask, &row) in mask.chunks_exact_mut(columns.max(1)).zip(dropout.rows) {
         let stream = key(dropout.key, row);
         for (column, mask) in mask.iter_mut().enumerate() {
-            let bits = mix(stream.wrapping_add(column as u64)) >> 11;
-            let uniform = bits as f64 / (1u64 << 53) as f64;
+            let uniform = super::uniform(mix(stream.wrapping_add(column as u64)));
             *mask = if uniform < dropout.probability { 0.0 } else { kept };
         }
     }

@@ -45,6 +45,11 @@ use candle_core::{Result, Tensor};
 pub(crate) use cpu::few::FEW;
 pub(crate) use cpu::vectorised;
 
+/// A number in `[0, 1)` out of 64 random bits.
+pub(crate) fn uniform(bits: u64) -> f64 {
+    (bits >> 11) as f64 / (1u64 << 53) as f64
+}
+
 /// How an op computes.
 enum Form {
     /// Out of candle's own operations.

@@ -28,11 +28,7 @@ impl Agreement {
             return None;
         }
         let mut table = [[0; 3]; 3];
-        let place = |score| match Outcome::of(score) {
-            Outcome::Win => 0,
-            Outcome::Loss => 1,
-            Outcome::Tie => 2,
-        };
+        let place = |score| Outcome::of(score).place();
         one.iter().zip(other).for_each(|(&one, &other)| table[place(one)][place(other)] += 1);
         let decisive = table[0][0] + table[0][1] + table[1][0] + table[1][1];
         Some(Self {

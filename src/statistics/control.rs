@@ -135,7 +135,9 @@ pub fn style_controlled(
     for (k, name) in Style::FEATURES.into_iter().enumerate() {
         let column: Vec<f64> = contrasts.iter().map(|contrast| contrast[k]).collect();
         let sd = standard_deviation(&column);
-        if sd > 0.0 {
+        let largest = column.iter().fold(0.0, |largest: f64, z| largest.max(z.abs()));
+        // of values that are all the same, such as 0.1, rounding leaves a deviation, which would be blown up to one of 1
+        if sd > 1e-9 * largest {
             names.push(name);
             columns.push(column.iter().map(|z| z / sd).collect());
         }

@@ -25,13 +25,8 @@ impl Orders {
     #[must_use]
     pub fn of(outcomes: impl IntoIterator<Item = [Outcome; 2]>) -> Option<Self> {
         let mut table = [[0; 3]; 3];
-        let place = |outcome| match outcome {
-            Outcome::Win => 0,
-            Outcome::Loss => 1,
-            Outcome::Tie => 2,
-        };
         for [first, second] in outcomes {
-            table[place(first)][place(second)] += 1;
+            table[first.place()][second.place()] += 1;
         }
         Self::of_table(table)
     }

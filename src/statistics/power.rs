@@ -16,10 +16,11 @@ pub fn prompts_needed(sd: f64, difference: f64) -> usize {
     ((Z95 + Z80) * sd / difference).powi(2).ceil() as usize
 }
 
-/// The difference that `prompts` prompts show with a power of 80 %: [`prompts_needed`] the other way round.
+/// The difference that shows with a power of 80 % where the mean has this standard error, `sd / √n` of independent prompts:
+/// [`prompts_needed`] the other way round.
 #[must_use]
-pub fn detectable_difference(sd: f64, prompts: usize) -> f64 {
-    (Z95 + Z80) * sd / (prompts.max(1) as f64).sqrt()
+pub fn detectable_difference(standard_error: f64) -> f64 {
+    (Z95 + Z80) * standard_error
 }
 
 /// What the mean of `scores` could be, whatever became of `unresolved` further prompts: all lost, or all won,

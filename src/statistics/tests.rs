@@ -178,7 +178,8 @@ fn sample_sizes_are_the_published_ones() {
     let cases = [(0.45, 0.10, 159), (0.45, 0.05, 636), (0.45, 0.03, 1766), (0.35, 0.05, 385)];
     for (sd, difference, n) in cases {
         assert_eq!(prompts_needed(sd, difference), n);
-        assert!(detectable_difference(sd, n) <= difference && detectable_difference(sd, n - 1) > difference);
+        let detectable = |n: usize| detectable_difference(sd / (n as f64).sqrt());
+        assert!(detectable(n) <= difference && detectable(n - 1) > difference);
     }
 }
 

@@ -16,6 +16,15 @@ impl Order {
     /// Both, as they are asked.
     pub const BOTH: [Self; 2] = [Self::PolicyFirst, Self::PolicySecond];
 
+    /// 1 or 2, as files have it.
+    #[must_use]
+    pub fn number(self) -> u8 {
+        match self {
+            Self::PolicyFirst => 1,
+            Self::PolicySecond => 2,
+        }
+    }
+
     /// The policy's vote, from the vote `a` for what stood as A: `a`, or `1 − a`.
     #[must_use]
     pub fn policy(self, a: f64) -> f64 {
@@ -27,22 +36,17 @@ impl Order {
 }
 
 /// What a judge said about two answers that it saw as A and B.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Verdict {
     /// `A>>B`
-    #[serde(rename = "A>>B")]
     MuchA,
     /// `A>B`
-    #[serde(rename = "A>B")]
     A,
     /// `A=B`
-    #[serde(rename = "A=B")]
     Tie,
     /// `B>A`
-    #[serde(rename = "B>A")]
     B,
     /// `B>>A`
-    #[serde(rename = "B>>A")]
     MuchB,
 }
 
@@ -58,6 +62,18 @@ pub enum Scale {
 }
 
 impl Verdict {
+    /// As files have it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::MuchA => "A>>B",
+            Self::A => "A>B",
+            Self::Tie => "A=B",
+            Self::B => "B>A",
+            Self::MuchB => "B>>A",
+        }
+    }
+
     /// The vote for A, in `[0, 1]`.
     #[must_use]
     pub fn vote(self, scale: Scale) -> f64 {
@@ -106,6 +122,15 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    /// Its row and column in tables: win, loss, tie.
+    pub(super) fn place(self) -> usize {
+        match self {
+            Self::Win => 0,
+            Self::Loss => 1,
+            Self::Tie => 2,
+        }
+    }
+
     /// Of a score or vote.
     #[must_use]
     pub fn of(score: f64) -> Self {

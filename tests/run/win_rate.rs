@@ -456,6 +456,123 @@ fn a_limit_stops_and_the_same_command_goes_on() {
 }
 
 #[test]
+fn a_limit_holds_where_an_endpoint_does_not_say_what_it_took() {
+    let place = Place::new();
+    many(&place, "out", 4);
+    let server = Server::start(|_| {
+        let said = json!({"verdict": "A"}).to_string();
+        Reply::Say(json!({"choices": [{"message": {"content": said}, "finish_reason": "stop"}]}))
+    });
+    // at most 2.048 $ a call: the small question and one more, and the third could exceed 5 $
+    assert_code(&judge(&place, &server, "out", &["--price", "0,1000", "--max-cost", "5"]), 4);
+    assert_eq!(server.calls().len(), 2);
+}
+
+#[test]
+fn what_the_judge_refuses_does_not_end_a_second_run() {
+    let place = Place::new();
+    many(&place, "out", 12);
+    // 20 of 24 questions
+    let server = Server::start(|call| match call.is_canary() {
+        true => verdict("A"),
+        false if call.texts[0].len() == "question 10?".len() => call.policy(true),
+        false => Reply::Status(400, vec![], json!({"error": {"message": "content filter"}}).to_string()),
+    });
+    let reported: Vec<Value> = (0..2)
+        .map(|_| {
+            let output = judge(&place, &server, "out", &["-j", "2"]);
+            assert_code(&output, 0);
+            let text = stderr(&output);
+            assert!(text.contains("20 questions have no answer; the first: the endpoint answers 400"), "{text}");
+            let (output, result) = report(&place, "out", &["--max-invalid", "1"]);
+            assert_code(&output, 0);
+            assert_eq!((&result["scored"], &result["missing"]), (&json!(2), &json!(10)));
+            result
+        })
+        .collect();
+    assert_eq!(reported[0], reported[1]);
+    // where the small question is refused there is no judge
+    let refusing = Server::start(|_| Reply::Status(400, vec![], "{}".into()));
+    let judge_2 = ["win-rate", "run", "--out", "other", "--judge-url", &refusing.url, "--judge-model", "judge-2"];
+    many(&place, "other", 2);
+    fs::remove_file(place.path("other/answers.json")).expect("removed");
+    let output = place.run(&[&judge_2[..], &["--stage", "judge"]].concat());
+    assert_code(&output, 1);
+    assert!(stderr(&output).contains("nobody answers at"), "{}", stderr(&output));
+}
+
+#[test]
+fn a_judge_that_says_nothing_any_more_is_given_up() {
+    let place = Place::new();
+    many(&place, "out", 20);
+    let server = Server::start(|call| match call.is_canary() {
+        true => verdict("A"),
+        // tried six times without waiting long
+        false => Reply::Status(503, vec![("retry-after-ms", "1")], "gone".into()),
+    });
+    let output = judge(&place, &server, "out", &["-j", "1"]);
+    assert_code(&output, 1);
+    let text = stderr(&output);
+    assert!(text.contains("the endpoint does not answer") && text.contains("503"), "{text}");
+    assert_eq!(server.judged().len(), 8 * 6);
+}
+
+#[test]
+fn what_could_not_be_understood_is_asked_again_where_that_is_wanted() {
+    let place = Place::new();
+    many(&place, "out", 6);
+    let sober = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let is_sober = sober.clone();
+    let server = Server::start(move |call| match call.is_canary() {
+        true => verdict("A"),
+        false if call.texts[0] == "question 3?" && !is_sober.load(std::sync::atomic::Ordering::Relaxed) => say("hm"),
+        false => call.policy(true),
+    });
+    let price = ["--price", "100,1000"];
+    assert_code(&judge(&place, &server, "out", &price), 0);
+    let counts = || {
+        let (_, result) = report(&place, "out", &["--max-invalid", "1"]);
+        ["scored", "invalid", "missing"].map(|name| result[name].as_u64().expect(name))
+    };
+    assert_eq!((counts(), server.judged().len()), ([5, 1, 0], 10 + 2 * 3));
+    sober.store(true, std::sync::atomic::Ordering::Relaxed);
+    // not without being told to
+    assert_code(&judge(&place, &server, "out", &price), 0);
+    assert_eq!((counts(), server.judged().len()), ([5, 1, 0], 16));
+    let output = judge(&place, &server, "out", &[&price[..], &["--refresh"]].concat());
+    assert_code(&output, 0);
+    assert_eq!((counts(), server.judged().len()), ([6, 0, 0], 18));
+    let text = stderr(&output);
+    assert!(text.contains("12 calls, 10 cached, ≈ ") && !text.contains("≈ 0 tokens in"), "{text}");
+}
+
+#[test]
+fn two_judges_of_one_folder_are_told_apart() {
+    let place = Place::new();
+    many(&place, "out", 3);
+    let server = Server::start(|call| match (call.is_canary(), &call.body["model"]) {
+        (true, _) => verdict("A"),
+        (false, model) => call.policy(model == "judge-1"),
+    });
+    let price = ["--price", "1,2"];
+    assert_code(&judge(&place, &server, "out", &price), 0);
+    let second = ["--judge-url", &server.url, "--judge-model", "judge-2"];
+    let judge_2 = [&["win-rate", "run", "--out", "out", "--stage", "judge", "--price", "3,4"], &second[..]].concat();
+    assert_code(&place.run(&judge_2), 0);
+    let of = |more: &[&str]| {
+        let (_, result) = report(&place, "out", more);
+        let number = |path: &str| result.pointer(path).and_then(Value::as_f64).expect("a number");
+        (number("/win_rate/estimate"), number("/cost/calls"), number("/cost/dollars"))
+    };
+    // 6 verdicts and one small question each, of 100 tokens and 10; the price is the one that was kept
+    let dollars = |read: f64, written: f64| 7.0 * (100.0 * read + 10.0 * written) / 1e6;
+    assert_eq!(of(&[]), (0.0, 7.0, dollars(3.0, 4.0)));
+    assert_eq!(of(&second), (0.0, 7.0, dollars(3.0, 4.0)));
+    let first = ["--judge-url", &server.url, "--judge-model", "judge-1", "--price", "1,2"];
+    assert_eq!(of(&first), (1.0, 7.0, dollars(1.0, 2.0)));
+}
+
+#[test]
 fn an_endpoint_is_asked_as_it_wants_to_be() {
     let place = Place::new();
     many(&place, "out", 3);
@@ -522,11 +639,14 @@ fn a_judge_that_cannot_be_understood_is_given_up_early() {
     assert!(text.contains("I have no preferences"), "{text}");
     assert!(server.judged().len() <= 3 * 22, "{}", server.judged().len());
     // what was said is kept, and is no tie
-    let (_, result) = report(&place, "out", &[]);
+    let (output, result) = report(&place, "out", &[]);
     assert_eq!(
         (&result["scored"], &result["ties"], &result["win_rate"]["estimate"]),
         (&json!(0), &json!(0), &Value::Null)
     );
+    assert_eq!((&result["conservative"], &result["detectable"]), (&Value::Null, &json!(0.0)));
+    let text = stderr(&output);
+    assert!(text.contains("no prompt has a verdict") && !text.contains("no difference"), "{text}");
 }
 
 #[test]
@@ -604,10 +724,15 @@ fn wrong_requests_say_what_to_do() {
         (&["--out", "out", "--stage", "report"], "`--stage judge` asks a judge"),
         (&["--out", "x", "--judge", "readability"], "neither a run nor an adapter"),
         (&["--judge", "readability"], "is no run, so --out has to say"),
+        (&["--out", "out", "--stage", "judge", "--limit", "1"], "--limit is about answers that are to be made"),
+        (&["--out", "out", "--stage", "report", "--temperature", "1"], "--stage report makes none"),
+        (&["--out", "out", "--stage", "judge", "--max-new-tokens", "5"], "--max-new-tokens is about answers"),
+        (&["--judge", "readability", "--against-model", "m"], "--against-model means nothing to --against base"),
+        (&["--against", "x", "--against-key-env", "K"], "--against-key-env means nothing to --against x"),
     ] {
         let output = place.run(&[&["win-rate", "run"], arguments].concat());
         assert_code(&output, 2);
-        let text = stderr(&output).split_whitespace().collect::<Vec<_>>().join(" ");
+        let text = unwrapped(&output);
         assert!(text.contains(problem), "{arguments:?}: {text}");
     }
 }
@@ -632,6 +757,14 @@ fn a_run_is_compared_with_its_base_from_end_to_end() {
     assert!(!place.path("cache/answers").exists(), "nothing was generated");
     assert!(!place.path("run/win-rate/base-by-org-j").exists());
     assert!(begun.elapsed() < Duration::from_secs(10));
+    assert_eq!(refusing.calls().len(), 1);
+
+    // and so is a judge that is shown good answers, where there are none
+    let arguments = [&arguments.each_ref().map(String::as_str)[..], &["--judge-prompt", "mt-bench-ref"]].concat();
+    let output = win_rate(&arguments);
+    assert_code(&output, 2);
+    assert!(unwrapped(&output).contains("6 of 6 prompts have none"), "{}", stderr(&output));
+    assert!(!place.path("cache/answers").exists(), "nothing was generated");
     assert_eq!(refusing.calls().len(), 1);
 
     let output = win_rate(&["--judge", "readability"]);
@@ -690,6 +823,49 @@ fn a_run_is_compared_with_its_base_from_end_to_end() {
     assert_eq!(answering.calls().len(), 6, "answers are kept");
     let outputs = place.read("run/win-rate/small-by-readability/outputs_against.json");
     assert!(outputs.contains("It is so."), "{outputs}");
+    // by the policy's tokenizer, not the ten of the endpoint's
+    let outputs: Vec<Value> = serde_json::from_str(&outputs).expect("JSON");
+    assert!(
+        outputs.iter().all(|output| (1..10).contains(&output["tokens"].as_u64().expect("a number"))),
+        "{outputs:?}"
+    );
+
+    // one that does not say anything to a prompt, refuses, or is gone; nothing of it is kept as an answer
+    let against = |server: &Server, model: &str| {
+        win_rate(&["--judge", "readability", "--against", &server.url, "--against-model", model])
+    };
+    let silent = Server::start(|call| match (call.body["model"].as_str(), call.texts[0].as_str()) {
+        (Some("mute"), "Which is number 3?") if call.before == 0 => {
+            Reply::Say(json!({"choices": [{"message": {"content": null}, "finish_reason": "stop"}]}))
+        }
+        (Some("locked"), _) => Reply::Status(401, vec![], "{}".into()),
+        (Some("gone"), _) => Reply::Status(503, vec![("retry-after-ms", "1")], "".into()),
+        _ => say("Yes."),
+    });
+    let output = against(&silent, "mute");
+    assert_code(&output, 1);
+    let text = unwrapped(&output);
+    assert!(text.contains("1 of 6 prompts have no answer of mute; the first: its answer has no text"), "{text}");
+    assert_code(&against(&silent, "mute"), 0);
+    assert_eq!(silent.calls().len(), 7, "the others are kept");
+    let output = against(&silent, "locked");
+    assert_code(&output, 2);
+    assert!(stderr(&output).contains("--against-key-env"), "{}", stderr(&output));
+    place.write("more.jsonl", super::pairs(9).replace("What is number", "Who is number"));
+    let before = silent.calls().len();
+    let output = win_rate(&[
+        "--judge",
+        "readability",
+        "--against",
+        &silent.url,
+        "--against-model",
+        "gone",
+        "--prompts",
+        "more.jsonl",
+    ]);
+    assert_code(&output, 1);
+    assert!(stderr(&output).contains("the endpoint does not answer"), "{}", stderr(&output));
+    assert!(silent.calls().len() - before <= 9 * 6);
 
     // what was trained on is no test
     place.write("train.jsonl", super::pairs(3));
@@ -699,4 +875,66 @@ fn a_run_is_compared_with_its_base_from_end_to_end() {
     assert!(stderr(&output).contains("3 of 3 prompts were trained on"), "{}", stderr(&output));
     let output = place.run(&["win-rate", "leaky", "--max-new-tokens", "2", "--judge", "readability", "--allow-leak"]);
     assert_code(&output, 0);
+
+    // two processes that compare the same two the other way round want the logs in the same order
+    let prompts = ["--prompts", "other.jsonl", "--judge", "readability", "--max-new-tokens", "3"];
+    let before = logs(&place);
+    assert_code(&place.run(&[&["win-rate", "run", "--against", "leaky"], &prompts[..]].concat()), 0);
+    let logs: Vec<_> = logs(&place).into_iter().filter(|log| !before.contains(log)).collect();
+    let [one, two] = &logs[..] else { panic!("{logs:?}") };
+    let held = fs::File::open(one).expect("opened");
+    held.lock().expect("locked");
+    let takes_the_other_first = |policy: &str, against: &str| {
+        let said = fs::File::create(place.path("said")).expect("made");
+        let mut command = place.command(&[&["win-rate", policy, "--against", against], &prompts[..]].concat());
+        let mut child = command.stderr(said).stdout(Stdio::null()).spawn().expect("started");
+        let begun = Instant::now();
+        while !place.read("said").contains("waiting for another process") {
+            assert!(begun.elapsed() < Duration::from_secs(30), "{}", place.read("said"));
+            thread::sleep(Duration::from_millis(5));
+        }
+        let is_taken = fs::File::open(two).expect("opened").try_lock().is_err();
+        child.kill().expect("killed");
+        child.wait().expect("ended");
+        is_taken
+    };
+    assert_eq!(takes_the_other_first("run", "leaky"), takes_the_other_first("leaky", "run"));
+}
+
+/// What was said, as if lines had no end.
+fn unwrapped(output: &Output) -> String {
+    stderr(output).split_whitespace().filter(|word| *word != "│").collect::<Vec<_>>().join(" ")
+}
+
+/// The files with answers in the user's cache.
+fn logs(place: &Place) -> Vec<std::path::PathBuf> {
+    fs::read_dir(place.path("cache/answers")).expect("read").flatten().map(|entry| entry.path()).collect()
+}
+
+#[cfg(unix)]
+#[test]
+fn interrupted_while_answers_are_made_it_says_what_becomes_of_them() {
+    let place = Place::new();
+    place.write("held-out.jsonl", super::pairs(40).replace("What is number", "Which is number"));
+    place.train("run", &[]);
+    let arguments = ["win-rate", "run", "--judge", "readability", "--max-new-tokens", "40", "--batch", "1"];
+    let mut command = place.command(&arguments);
+    let child = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().expect("started");
+    let begun = Instant::now();
+    let is_begun = || {
+        place.path("cache/answers").is_dir()
+            && logs(&place).iter().any(|log| fs::read(log).is_ok_and(|bytes| bytes.contains(&b'\n')))
+    };
+    while !is_begun() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "nothing is answered");
+        thread::sleep(Duration::from_millis(1));
+    }
+    let sent = Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("sent");
+    assert!(sent.success());
+    let output = child.wait_with_output().expect("ended");
+    assert_code(&output, 130);
+    assert!(stderr(&output).contains("interrupted; what was answered is kept"), "{}", stderr(&output));
+    let output = place.run(&arguments);
+    assert_code(&output, 0);
+    assert!(!stderr(&output).contains("80 made now"), "{}", stderr(&output));
 }

@@ -2,31 +2,29 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::thread;
+use std::sync::Mutex;
 
 use miette::Diagnostic;
 use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{Rng, SeedableRng};
+use rand_chacha::rand_core::SeedableRng;
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 
 use super::place::{Answers, Place};
-use super::{Failure, failed, request};
+use super::{Failure, failed, interrupted, request};
 use crate::cli;
 use crate::commands::answering::{self, Answered, Answering};
 use crate::commands::prepare::from_base;
 use crate::commands::trained::Trained;
 use crate::commands::user_cache;
-use crate::data::{Codec, Columns, Prompt, Sources, load_prompts};
+use crate::data::{Codec, Columns, Prompt, Sources, load_prompts, shuffle_first};
 use crate::files::cannot_write;
 use crate::interrupt::Interrupt;
 use crate::judge::Calls;
-use crate::judge::ask::{Budget, Caller, NoAnswer, TRIES, Usage, jitter};
+use crate::judge::ask::{self, AskError, Budget, Caller, Ended, TRIES, locked};
 use crate::judge::config::{JudgeError, address};
 use crate::judge::endpoint::{Chat, Endpoint};
-use crate::judge::log::{self, Busy, Log};
+use crate::judge::log::{self, Busy, Log, LogError};
 use crate::judge::outputs::{self, Output};
 use crate::judge::pace::Pace;
 use crate::judge::prompt::Message;
@@ -37,6 +35,8 @@ use crate::progress::{Console, one_line, thousands};
 
 /// Changes when the same inputs would give other answers.
 const VERSION: u32 = 1;
+/// The same of answers of endpoints. Before 2 what had no text was kept as an answer.
+const ENDPOINT_VERSION: u32 = 2;
 
 #[derive(Debug, Error, Diagnostic)]
 enum AnswersError {
@@ -59,9 +59,9 @@ enum AnswersError {
     #[error("{failed} of {prompts} prompts have no answer of {model}; the first: {why}")]
     #[diagnostic(help("what was answered is kept; the same command goes on"))]
     NoAnswers { failed: usize, prompts: usize, model: String, why: String },
-    #[error("{problem}")]
-    #[diagnostic(help("{help}"))]
-    Endpoint { problem: String, help: String },
+    #[error("{0} means nothing to --against {1}")]
+    #[diagnostic(help("it is for the address of an endpoint; leave it out"))]
+    NoEndpoint(&'static str, String),
     #[error("{} is an adapter of another base: {}, and not {}", path.display(), theirs.display(), ours.display())]
     #[diagnostic(help("answers of other models come from a file or an endpoint: `win-rate {} --stage generate` writes \
                        outputs_policy.json", path.display()))]
@@ -134,6 +134,11 @@ impl Request {
         Ok(Self { trained, codec, prompts, about_prompts, against, policy_name, against_name })
     }
 
+    /// Whether each prompt has a good answer to show to the judge.
+    pub(super) fn references(&self) -> impl Iterator<Item = bool> {
+        self.prompts.iter().map(|prompt| prompt.reference.is_some())
+    }
+
     /// Answers all prompts that were not answered before, and writes both files.
     pub(super) fn answer(
         self,
@@ -143,12 +148,21 @@ impl Request {
         interrupt: &Interrupt,
     ) -> Result<(), Failure> {
         let Self { trained, codec, prompts, about_prompts, against, policy_name, against_name } = self;
+        let mut sampling = sampling(&arguments.decoding);
+        // before any weight is fetched: a wrong key or name is known at once
+        let asked = match &against {
+            Against::Endpoint(endpoint) => {
+                let mut kept = Kept::of_endpoint(endpoint, &sampling, place, console)?;
+                kept.ask(endpoint, &prompts, arguments, &codec, console, interrupt)?;
+                Some((format!("{} at {}", endpoint.model, endpoint.url), kept))
+            }
+            _ => None,
+        };
         let chosen = answering::choose(arguments.device.device, console)?;
         trained.base.fetch_weights(console).map_err(from_base)?;
         let base = trained.base.fingerprint(trained.decoder.quant, console).map_err(failed)?;
         let policy = trained.adapters.fingerprint().map_err(failed)?;
         let template = codec.chat_template().map(|text| blake3::hash(text.as_bytes()).to_hex().to_string());
-        let mut sampling = sampling(&arguments.decoding);
         if chosen.device.is_cuda() {
             // bf16 gives other answers than f32
             sampling["dtype"] = json!(chosen.dtype().as_str());
@@ -156,21 +170,26 @@ impl Request {
         let base_name = trained.base_name();
         let kept =
             |adapter: &str| Kept::open(&base, &format!("{:?}", trained.decoder), adapter, &sampling, place, console);
-        let mut policy_kept = kept(&policy)?;
-        let (side, mut other) = match &against {
-            Against::Base => (Adapter::Off, Some(("off".to_owned(), kept("off")?))),
-            Against::Adapter(other) => {
-                let adapter = other.adapters.fingerprint().map_err(failed)?;
-                // the same log cannot be opened twice
-                let other = if adapter == policy { None } else { Some((adapter.clone(), kept(&adapter)?)) };
-                (Adapter::Reference, other)
+        let (side, adapter) = match &against {
+            Against::Base => (Adapter::Off, Some("off".to_owned())),
+            Against::Adapter(other) => (Adapter::Reference, Some(other.adapters.fingerprint().map_err(failed)?)),
+            Against::File(..) | Against::Endpoint(_) => (Adapter::Off, None),
+        };
+        // the same log cannot be opened twice
+        let (mut policy_kept, mut other) = match adapter.filter(|adapter| *adapter != policy) {
+            Some(adapter) => {
+                // always in the same order: of two processes that compare the same two the other way round each would wait
+                // for what the other has
+                let (policy_kept, kept) = if policy < adapter {
+                    let first = kept(&policy)?;
+                    (first, kept(&adapter)?)
+                } else {
+                    let first = kept(&adapter)?;
+                    (kept(&policy)?, first)
+                };
+                (policy_kept, Some((adapter, kept)))
             }
-            Against::File(..) => (Adapter::Off, None),
-            Against::Endpoint(endpoint) => {
-                let mut kept = Kept::of_endpoint(endpoint, &sampling, place, console)?;
-                kept.ask(endpoint, &prompts, &arguments.decoding, console, interrupt)?;
-                (Adapter::Off, Some((format!("{} at {}", endpoint.model, endpoint.url), kept)))
-            }
+            None => (kept(&policy)?, asked),
         };
         let missing =
             policy_kept.missing(&prompts).len() + other.as_ref().map_or(0, |(_, kept)| kept.missing(&prompts).len());
@@ -222,9 +241,7 @@ impl Request {
                     Some(Output {
                         output: found.output.clone(),
                         generator: found.generator.clone(),
-                        tokens: found
-                            .tokens
-                            .or_else(|| Some(codec.ask(&found.output, true).map_or(0, |a| a.ids.len()))),
+                        tokens: found.tokens.or_else(|| Some(tokens(&codec, &found.output))),
                         end: found.end,
                         ..policy.clone()
                     })
@@ -263,7 +280,7 @@ impl Against {
         if arguments.against == "base" {
             return Ok(Self::Base);
         }
-        if arguments.against.contains("://") {
+        if is_address(&arguments.against) {
             let what = "--against";
             let url = address(&arguments.against).ok_or_else(|| request(JudgeError::Address { what }))?;
             let model = arguments.against_model.clone();
@@ -316,7 +333,7 @@ fn prompts(
     let distinct = prompts.len();
     let mut leaked = Value::Null;
     if let Some(data) = data {
-        match load_prompts(&data.train, &named, codec, arguments.plain, &Console::silent()) {
+        match load_prompts(&data.train, &named, codec, arguments.plain, console) {
             Ok(trained_on) => {
                 let trained_on: BTreeSet<Vec<u32>> = trained_on.into_iter().map(|prompt| prompt.ids).collect();
                 let known: Vec<&Prompt> = prompts.iter().filter(|prompt| trained_on.contains(&prompt.ids)).collect();
@@ -356,14 +373,10 @@ fn sample(prompts: Vec<Prompt>, count: usize, seed: u64) -> Vec<Prompt> {
     if count >= prompts.len() {
         return prompts;
     }
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let mut numbers: Vec<usize> = (0..prompts.len()).collect();
-    for i in 0..count {
-        let left = (numbers.len() - i) as u128;
-        numbers.swap(i, i + ((u128::from(rng.next_u64()) * left) >> 64) as usize);
-    }
-    let chosen: BTreeSet<usize> = numbers[..count].iter().copied().collect();
-    prompts.into_iter().enumerate().filter(|(i, _)| chosen.contains(i)).map(|(_, prompt)| prompt).collect()
+    let mut numbers: Vec<u32> = (0..prompts.len() as u32).collect();
+    shuffle_first(&mut numbers, count, &mut ChaCha8Rng::seed_from_u64(seed));
+    let chosen: BTreeSet<u32> = numbers[..count].iter().copied().collect();
+    (0..).zip(prompts).filter(|(i, _)| chosen.contains(i)).map(|(_, prompt)| prompt).collect()
 }
 
 fn sampling(decoding: &cli::Decoding) -> Value {
@@ -403,7 +416,7 @@ impl Kept {
     }
 
     fn of_endpoint(other: &Other, sampling: &Value, place: &Place, console: &Console) -> Result<Self, Failure> {
-        let of = json!({ "version": VERSION, "url": other.url, "model": other.model, "sampling": sampling });
+        let of = json!({ "version": ENDPOINT_VERSION, "url": other.url, "model": other.model, "sampling": sampling });
         Self::under(&of, true, place, console)
     }
 
@@ -430,8 +443,8 @@ impl Kept {
         prompts.iter().filter(|prompt| self.get(prompt).is_none()).cloned().collect()
     }
 
-    fn keep(&mut self, prompt: &Prompt, answered: &Answered) -> Result<(), Failure> {
-        self.log.push(&self.key(prompt), &json!({ "answer": answered })).map_err(failed)
+    fn keep(&mut self, prompt: &Prompt, answered: &Answered) -> Result<(), LogError> {
+        self.log.push(&self.key(prompt), &json!({ "answer": answered }))
     }
 
     /// Has everything answered that is not there yet.
@@ -447,11 +460,14 @@ impl Kept {
         if missing.is_empty() {
             return Ok(());
         }
-        answering.all(&missing, side, console, |number, answered| {
-            self.keep(&missing[number], answered)?;
+        let answered = answering.all(&missing, side, console, |number, answered| {
+            self.keep(&missing[number], answered).map_err(failed)?;
             interrupt.asked().map_or(Ok(()), |code| Err(Failure::Interrupted(code)))
-        })?;
-        Ok(())
+        });
+        match answered {
+            Err(Failure::Interrupted(code)) => Err(interrupted(code, console)),
+            answered => answered.map(|_| ()),
+        }
     }
 
     /// The same, of a model behind an endpoint.
@@ -459,7 +475,8 @@ impl Kept {
         &mut self,
         other: &Other,
         prompts: &[Prompt],
-        decoding: &cli::Decoding,
+        arguments: &cli::WinRate,
+        codec: &Codec,
         console: &Console,
         interrupt: &Interrupt,
     ) -> Result<(), Failure> {
@@ -470,72 +487,46 @@ impl Kept {
         interrupt.save_first();
         let (pace, budget) = (Pace::new(&other.calls), Budget::new(None, None, None));
         let caller = Caller { endpoint: &other.endpoint, pace: &pace, budget: &budget, interrupt };
+        let decoding = &arguments.decoding;
         let extra = extra(decoding);
-        let bar = console.count_bar("answers of the endpoint", missing.len() as u64);
-        let (next, end) = (AtomicUsize::new(0), Mutex::new(None::<Failure>));
-        let (kept, failures) = (Mutex::new(self), Mutex::new(Vec::new()));
-        let ended = || locked(&end).is_some();
-        thread::scope(|scope| {
-            for number in 0..other.calls.concurrency.min(missing.len()) {
-                let (next, end, kept, failures, ended) = (&next, &end, &kept, &failures, &ended);
-                let (caller, missing, extra, bar) = (&caller, &missing, &extra, &bar);
-                scope.spawn(move || {
-                    let mut jitter = jitter(number as u64);
-                    while !ended() {
-                        let Some(prompt) = missing.get(next.fetch_add(1, Ordering::Relaxed)) else { return };
-                        let messages = messages(prompt);
-                        let chat = Chat {
-                            model: &other.model,
-                            messages: &messages,
-                            temperature: Some(decoding.temperature),
-                            max_tokens: decoding.max_new_tokens,
-                            seed: Some(decoding.seed),
-                            form: None,
-                            extra_body: extra,
-                        };
-                        let failure = match caller.call(&chat, TRIES, &mut jitter, ended) {
-                            Ok(response) => match locked(kept).keep(prompt, &answered(&response)) {
-                                Ok(()) => {
-                                    bar.advance(1);
-                                    continue;
-                                }
-                                Err(failure) => failure,
-                            },
-                            Err(NoAnswer::Failed(problem)) => {
-                                locked(failures).push(problem);
-                                continue;
-                            }
-                            Err(NoAnswer::Fatal(problem, help)) => failed(AnswersError::Endpoint { problem, help }),
-                            Err(NoAnswer::Spent) => Failure::Unfinished,
-                            Err(NoAnswer::Stopped) => match interrupt.asked() {
-                                Some(code) => Failure::Interrupted(code),
-                                None => return,
-                            },
-                        };
-                        locked(end).get_or_insert(failure);
-                        return;
-                    }
-                });
-            }
-        });
-        if let Some(failure) = end.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            return Err(failure);
-        }
-        let failures = failures.into_inner().unwrap_or_else(PoisonError::into_inner);
-        match failures.first() {
-            None => Ok(()),
-            Some(why) => Err(failed(AnswersError::NoAnswers {
-                failed: failures.len(),
+        let ended = {
+            let bar = console.count_bar("answers of the endpoint", missing.len() as u64);
+            let kept = Mutex::new(self);
+            let jobs = missing.iter().collect();
+            ask::all(jobs, other.calls.concurrency, interrupt, &|prompt: &Prompt, jitter, stopped| {
+                let chat = Chat {
+                    model: &other.model,
+                    messages: &messages(prompt),
+                    temperature: Some(decoding.temperature),
+                    max_tokens: decoding.max_new_tokens,
+                    seed: Some(decoding.seed),
+                    form: None,
+                    extra_body: &extra,
+                };
+                let response = caller.call(&chat, TRIES, jitter, stopped)?;
+                let answered = answered(&response, codec);
+                let answered = answered.ok_or_else(|| ask::End::Refused("its answer has no text".into()))?;
+                locked(&kept).keep(prompt, &answered)?;
+                bar.advance(1);
+                Ok(())
+            })
+        };
+        interrupt.saved();
+        match ended {
+            Ok(Ended::Done(0, _)) => Ok(()),
+            Ok(Ended::Done(failures, why)) => Err(failed(AnswersError::NoAnswers {
+                failed: failures,
                 prompts: prompts.len(),
                 model: other.model.clone(),
-                why: why.clone(),
+                why: why.unwrap_or_default(),
             })),
+            Ok(Ended::Spent) => Err(Failure::Unfinished),
+            Ok(Ended::Interrupted(code)) => Err(interrupted(code, console)),
+            // another address, key or model has to be named
+            Err(error @ AskError::Fatal { .. }) => Err(request(error)),
+            Err(error) => Err(failed(error)),
         }
     }
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What an endpoint is told.
@@ -564,15 +555,37 @@ fn extra(decoding: &cli::Decoding) -> Map<String, Value> {
     given.into_iter().filter(|(.., given)| *given).map(|(name, value, _)| (name.to_owned(), value)).collect()
 }
 
-fn answered(response: &Value) -> Answered {
-    let text = Answer { response }.text().unwrap_or_default().to_owned();
+/// The answer of an endpoint; none where it says nothing and was not cut off before it could.
+fn answered(response: &Value, codec: &Codec) -> Option<Answered> {
     let was_cut = response.pointer("/choices/0/finish_reason").and_then(Value::as_str) == Some("length");
-    let tokens = Usage::of(response).completion as usize;
-    Answered { text, tokens, ids: Vec::new(), end: if was_cut { End::Length } else { End::Stop } }
+    let end = if was_cut { End::Length } else { End::Stop };
+    let text = Answer { response }.text().or(was_cut.then_some(""))?.to_owned();
+    // not the endpoint's own count, which is another tokenizer's and has thoughts in it
+    Some(Answered { tokens: tokens(codec, &text), text, ids: Vec::new(), end })
+}
+
+/// Tokens of an answer that others gave, as the policy's tokenizer counts them.
+fn tokens(codec: &Codec, text: &str) -> usize {
+    codec.ask(text, true).map_or(0, |asked| asked.ids.len())
+}
+
+/// Whether what is said of an endpoint to compare with is said of one.
+pub(super) fn check(arguments: &cli::WinRate) -> Result<(), Failure> {
+    let cli::WinRate { against, against_model, against_key_env, .. } = arguments;
+    let given = [("--against-model", against_model), ("--against-key-env", against_key_env)];
+    match given.into_iter().find(|(_, given)| given.is_some()) {
+        Some((name, _)) if !is_address(against) => Err(request(AnswersError::NoEndpoint(name, against.clone()))),
+        _ => Ok(()),
+    }
+}
+
+/// Whether it is an endpoint that answers.
+pub(super) fn is_address(against: &str) -> bool {
+    against.contains("://")
 }
 
 /// What adapters are called: the names of their folders, a run's where they are a run's.
-fn name_of(adapters: &[PathBuf]) -> String {
+pub(super) fn name_of(adapters: &[PathBuf]) -> String {
     let name = |path: &PathBuf| {
         let absolute = std::path::absolute(path).unwrap_or_else(|_| path.clone());
         let named = match absolute.file_name() {

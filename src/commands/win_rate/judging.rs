@@ -7,7 +7,7 @@ use serde_json::Value;
 use thiserror::Error;
 
 use super::place::Place;
-use super::{Failure, failed, request};
+use super::{Failure, failed, interrupted, request};
 use crate::cli;
 use crate::interrupt::Interrupt;
 use crate::judge::ask::{AskError, Asking, Budget, Caller, Ended, Known, Question, Usage, shown};
@@ -78,10 +78,15 @@ impl<'a> Judging<'a> {
         if let Some(problem) = problem {
             console.warning(format_args!("a small question to the judge has no verdict: {problem}"));
         }
-        for change in judging.endpoint.changes() {
+        judging.tell_changes(&[], console);
+        Ok(judging)
+    }
+
+    /// Says what the endpoint does not take, but for what was said already.
+    fn tell_changes(&self, told: &[&str], console: &Console) {
+        for change in self.endpoint.changes().iter().filter(|change| !told.contains(change)) {
             console.line(format_args!("the endpoint is asked otherwise: {change}"));
         }
-        Ok(judging)
     }
 
     fn asking<'s>(&'s mut self, interrupt: &'s Interrupt) -> (Asking<'s>, &'s mut Log) {
@@ -97,21 +102,26 @@ impl<'a> Judging<'a> {
         console: &Console,
         interrupt: &Interrupt,
     ) -> Result<(), Failure> {
-        self.check_references(pairs)?;
+        check_references(self.judge, pairs.iter().map(|pair| pair.policy.reference.is_some()))?;
         let judged: Vec<usize> = (0..pairs.len()).filter(|&i| !pairs[i].is_identical()).collect();
         let mut open = Vec::new();
         let mut read = 0;
         for order in Order::BOTH {
             for &pair in &judged {
                 let shown = shown(&pairs[pair], order);
-                let known = self.judge.known(&shown, |key| self.log.get(key).cloned());
-                match known.map_err(|problem| failed(AskError::Template(problem)))? {
-                    Known::Understood(..) => continue,
-                    Known::Invalid(_, keys) if refresh => keys.iter().for_each(|key| self.log.forget(key)),
-                    Known::Invalid(..) => continue,
-                    Known::Open(asked) => read += asked.bytes() / 4,
+                let known = |log: &Log| {
+                    let known = self.judge.known(&shown, |key| log.get(key).cloned());
+                    known.map_err(|problem| failed(AskError::Template(problem)))
+                };
+                let mut is = known(&self.log)?;
+                if let (Known::Invalid(_, keys), true) = (&is, refresh) {
+                    keys.iter().for_each(|key| self.log.forget(key));
+                    is = known(&self.log)?;
                 }
-                open.push(Question { pair, order });
+                if let Known::Open(asked) = is {
+                    read += asked.bytes() / 4;
+                    open.push(Question { pair, order });
+                }
             }
         }
         // both orders of a prompt one after the other, so that what is stopped early has whole prompts
@@ -123,12 +133,14 @@ impl<'a> Judging<'a> {
         }
         interrupt.save_first();
         let count = open.len();
+        let changes = self.endpoint.changes();
         let ended = {
             let bar = console.count_bar("verdicts", count as u64);
             let workers = self.workers;
             let (asking, log) = self.asking(interrupt);
             asking.all(pairs, open, workers, log, &bar).map_err(of_asking)?
         };
+        self.tell_changes(&changes, console);
         let spent = self.budget.dollars().map(|dollars| format!(", ${dollars:.4}")).unwrap_or_default();
         console.fact("judge", format_args!("{} calls were answered{spent}", thousands(self.budget.calls() as usize)));
         match ended {
@@ -142,20 +154,8 @@ impl<'a> Judging<'a> {
                 console.line("\nthe budget is spent; what was answered is kept, and the same command goes on");
                 Err(Failure::Unfinished)
             }
-            Ended::Interrupted(code) => {
-                console.line("\ninterrupted; what was answered is kept, and the same command goes on");
-                Err(Failure::Interrupted(code))
-            }
+            Ended::Interrupted(code) => Err(interrupted(code, console)),
         }
-    }
-
-    fn check_references(&self, pairs: &[Pair<'_>]) -> Result<(), Failure> {
-        let missing = pairs.iter().filter(|pair| pair.policy.reference.is_none()).count();
-        if missing > 0 && self.judge.prompt.needs_reference() {
-            let prompt = self.judge.prompt.name.clone();
-            return Err(request(JudgingError::NoReference { prompt, missing, prompts: pairs.len() }));
-        }
-        Ok(())
     }
 
     /// What will be done and what it may cost, before it is.
@@ -180,6 +180,17 @@ impl<'a> Judging<'a> {
     }
 }
 
+/// Whether every prompt has a good answer, where the judge is shown one; `references` says it of each.
+pub(super) fn check_references(judge: &EndpointJudge, references: impl Iterator<Item = bool>) -> Result<(), Failure> {
+    let references: Vec<bool> = references.collect();
+    let missing = references.iter().filter(|has| !**has).count();
+    if missing > 0 && judge.prompt.needs_reference() {
+        let prompt = judge.prompt.name.clone();
+        return Err(request(JudgingError::NoReference { prompt, missing, prompts: references.len() }));
+    }
+    Ok(())
+}
+
 /// What the answers of the judge mean, and what they cost. Nothing is asked.
 pub(super) fn read(
     judge: &EndpointJudge,
@@ -195,7 +206,7 @@ pub(super) fn read(
             continue;
         }
         let (mut votes, mut said, mut open) = (Votes::default(), Vec::new(), false);
-        for (number, order) in (1..).zip(Order::BOTH) {
+        for order in Order::BOTH {
             let known = judge.known(&shown(pair, order), |key| entries.get(key).cloned());
             let (verdict, reason, keys) = match known.map_err(|problem| failed(AskError::Template(problem)))? {
                 Known::Understood(understood, keys) => {
@@ -218,7 +229,7 @@ pub(super) fn read(
                     cost.cached += 1;
                 }
             }
-            said.push(Said { order: number, verdict, reason });
+            said.push(Said { order: order.number(), verdict, reason });
         }
         judged.push(match (votes.score(), open) {
             (Some(_), _) => Judged::Votes(votes, said),
@@ -226,10 +237,10 @@ pub(super) fn read(
             (None, false) => Judged::Invalid(votes, said),
         });
     }
-    // the small question at the start was paid for too
-    let canaries = entries.iter().filter(|(_, entry)| entry.get("canary").is_some()).map(|(key, _)| key.clone());
-    used.extend(canaries);
-    for usage in used.iter().filter_map(|key| Some(Usage::of(entries.get(key)?.get("response")?))) {
+    // the small question at the start was paid for too; other judges of the same folder have their own
+    let small = judge.small_question().map_err(|problem| failed(AskError::Template(problem)))?.key;
+    used.extend(entries.contains_key(&small).then_some(small));
+    for usage in used.iter().filter_map(|key| Usage::of(entries.get(key)?.get("response")?)) {
         cost.prompt_tokens += usage.prompt;
         cost.cached_tokens += usage.cached;
         cost.completion_tokens += usage.completion;

@@ -31,6 +31,13 @@ pub fn win_rate(arguments: &cli::WinRate) -> Result<(), Failure> {
     let console = Console::new(arguments.quiet);
     let interrupt =
         Interrupt::listen().map_err(|e| Failure::Failed(miette!("signals cannot be listened to: {e}")))?;
+    if let Some((name, with)) = ignored(arguments) {
+        return Err(Failure::Request(miette!(
+            help = format!("leave {name} out, or make answers too: `--stage generate`, or no --stage"),
+            "{name} is about answers that are to be made, and {with} makes none"
+        )));
+    }
+    answers::check(arguments)?;
     let named = judge(&arguments.judge).map_err(request)?;
     let place = Place::of(arguments, named.as_ref().map(|(judge, _)| judge))?;
     let does = |stage| arguments.stage.is_none_or(|only| only == stage);
@@ -39,6 +46,9 @@ pub fn win_rate(arguments: &cli::WinRate) -> Result<(), Failure> {
     }
     // what can be wrong with the request, before the judge is asked; the judge, before any weight is read
     let asked = if does(Stage::Generate) { Some(Request::new(arguments, &console)?) } else { None };
+    if let (Some(asked), Some((Judge::Endpoint(judge), _)), true) = (&asked, &named, does(Stage::Judge)) {
+        judging::check_references(judge, asked.references())?;
+    }
     let mut judging = match &named {
         Some((Judge::Endpoint(judge), Some(calls))) if does(Stage::Judge) => {
             Some(Judging::new(judge, calls, arguments, &place, &console, &interrupt)?)
@@ -58,11 +68,27 @@ pub fn win_rate(arguments: &cli::WinRate) -> Result<(), Failure> {
     }
     drop(judging);
     if does(Stage::Report) {
-        report(arguments, &place, &console)?;
+        report(arguments, named.map(|(judge, _)| judge), &place, &console)?;
     } else {
         console.line(format_args!("\nkept in {}", place.path().display()));
     }
     Ok(())
+}
+
+/// What is said after a signal, where answers were kept.
+fn interrupted(code: u8, console: &Console) -> Failure {
+    console.line("\ninterrupted; what was answered is kept, and the same command goes on");
+    Failure::Interrupted(code)
+}
+
+/// An argument that would change nothing, with the stage that makes no answers.
+fn ignored(arguments: &cli::WinRate) -> Option<(&'static str, &'static str)> {
+    let with = match arguments.stage? {
+        Stage::Generate => return None,
+        Stage::Judge => "--stage judge",
+        Stage::Report => "--stage report",
+    };
+    Some((arguments.about_answers()?, with))
 }
 
 /// The judge that is named, and how it is called.
@@ -115,9 +141,12 @@ fn paired<'o>(policy: &'o [Output], against: &'o [Output]) -> Vec<Pair<'o>> {
 }
 
 /// Writes what the verdicts come to, and says it.
-fn report(arguments: &cli::WinRate, place: &Place, console: &Console) -> Result<(), Failure> {
+fn report(arguments: &cli::WinRate, named: Option<Judge>, place: &Place, console: &Console) -> Result<(), Failure> {
     let (policy, against, answers) = place.read_answers()?;
-    let judge = place.read_judge()?;
+    let judge = match named {
+        Some(named) => named.with_price_of(place.read_judge().ok()),
+        None => place.read_judge()?,
+    };
     let pairs = paired(&policy, &against);
     let (judged, cost) = match &judge {
         Judge::Readability => (pairs.iter().map(readable).collect::<Vec<_>>(), None),
@@ -189,8 +218,7 @@ fn readable(pair: &Pair<'_>) -> Judged {
     match readability::compare(&pair.policy.output, &pair.against.output) {
         Some((verdict, reason)) => {
             let vote = Order::PolicyFirst.policy(verdict.vote(Scale::Three));
-            let said = serde_json::to_value(verdict).ok().and_then(|text| text.as_str().map(ToOwned::to_owned));
-            let said = Said { order: 1, verdict: said.unwrap_or_default(), reason: Some(reason) };
+            let said = Said { order: 1, verdict: verdict.name().to_owned(), reason: Some(reason) };
             // the same in the other order, by its making
             Judged::Votes(Votes { first: Some(vote), second: Some(vote) }, vec![said])
         }
@@ -230,6 +258,7 @@ fn tell(report: &Report, place: &Place, console: &Console) {
         console.warning(warning);
     }
     let verdict = match report.win_rate.against(0.5) {
+        _ if report.scored == 0 => "no prompt has a verdict, so nothing is shown".to_owned(),
         std::cmp::Ordering::Greater => format!("better than {}, by this judge", report.against),
         std::cmp::Ordering::Less => format!("worse than {}, by this judge", report.against),
         std::cmp::Ordering::Equal if report.detectable > 0.0 => format!(

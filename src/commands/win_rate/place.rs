@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use thiserror::Error;
 
+use super::answers::{is_address, name_of};
 use super::{Failure, failed, request};
 use crate::cli;
 use crate::files::{self, cannot_write};
@@ -56,7 +57,7 @@ enum PlaceError {
 }
 
 impl Place {
-    /// `--out`, or `RUN/win-rate/AGAINST-by-JUDGE`.
+    /// `--out`, or `RUN/win-rate/AGAINST-by-JUDGE`, with what answers before it where that is not just the run.
     pub(super) fn of(arguments: &cli::WinRate, judge: Option<&Judge>) -> Result<Self, Failure> {
         if let Some(out) = &arguments.out {
             return Ok(Self(out.clone()));
@@ -70,19 +71,18 @@ impl Place {
             absolute.ancestors().take(3).find(is_run).ok_or_else(|| request(PlaceError::NoRun(first.clone())))?;
         let step =
             absolute.strip_prefix(run).ok().and_then(|rest| rest.to_str()).filter(|rest| rest.contains("step-"));
-        let step =
-            step.and_then(|rest| rest.rsplit('/').next()).map(|step| format!("{step}-vs-")).unwrap_or_default();
-        let against = match &arguments.against_model {
-            Some(model) => slug(model),
-            None => {
-                let name =
-                    Path::new(&arguments.against).file_name().and_then(|name| name.to_str()).unwrap_or("other");
-                slug(name.trim_end_matches(".jsonl").trim_end_matches(".json"))
-            }
+        let policy = match &arguments.trained.adapters[..] {
+            [_] => step.and_then(|rest| rest.rsplit('/').next()).map(ToOwned::to_owned),
+            several => Some(sum(several, &arguments.trained.weights)),
         };
+        let policy = policy.map(|name| format!("{}-vs-", slug(&name))).unwrap_or_default();
+        let against = slug(&match &arguments.against_model {
+            Some(model) => model.clone(),
+            None => against(&arguments.against),
+        });
         let run =
             first.ancestors().find(|path| std::path::absolute(path).is_ok_and(|path| path == run)).unwrap_or(run);
-        Ok(Self(run.join("win-rate").join(format!("{step}{against}-by-{}", slug(&judge.short_name())))))
+        Ok(Self(run.join("win-rate").join(format!("{policy}{against}-by-{}", slug(&judge.short_name())))))
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -90,9 +90,7 @@ impl Place {
     }
 
     pub(super) fn make(&self) -> Result<(), Failure> {
-        std::fs::create_dir_all(&self.0).map_err(|e| failed(cannot_write(&self.0)(e)))?;
-        files::remove_partials(&self.0);
-        Ok(())
+        std::fs::create_dir_all(&self.0).map_err(|e| failed(cannot_write(&self.0)(e)))
     }
 
     fn file(&self, name: &str) -> PathBuf {
@@ -109,8 +107,8 @@ impl Place {
         against: &[Output],
         answers: &Answers,
     ) -> Result<(), Failure> {
-        outputs::write(&self.file("outputs_policy.json"), policy).map_err(failed)?;
-        outputs::write(&self.file("outputs_against.json"), against).map_err(failed)?;
+        self.write_json("outputs_policy.json", &policy)?;
+        self.write_json("outputs_against.json", &against)?;
         self.write_json("answers.json", answers)
     }
 
@@ -158,6 +156,39 @@ impl Place {
     }
 }
 
+/// Several adapters, with what each is multiplied by where that is said.
+fn sum(adapters: &[PathBuf], weights: &[f64]) -> String {
+    let weights = weights.iter().map(|weight| format!("-{weight}")).chain(std::iter::repeat(String::new()));
+    let names: Vec<String> = adapters.iter().zip(weights).map(|(path, weight)| folder(path) + &weight).collect();
+    names.join("-")
+}
+
+/// What the policy is compared with: a name that others of its kind do not have.
+fn against(against: &str) -> String {
+    let path = Path::new(against);
+    if against == "base" || is_address(against) || !path.is_file() {
+        return folder(path);
+    }
+    // files of many folders are called `outputs.json`
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let name = name.trim_end_matches(".jsonl").trim_end_matches(".json");
+    match path.parent().and_then(Path::file_name) {
+        Some(folder) => format!("{}-{name}", folder.to_string_lossy()),
+        None => name.to_owned(),
+    }
+}
+
+/// An adapter's folder; a checkpoint's, which other runs have too, with its run.
+fn folder(path: &Path) -> String {
+    let name = name_of(&[path.to_owned()]);
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let checkpoints = absolute.ancestors().find(|path| path.file_name().is_some_and(|name| name == "checkpoints"));
+    match checkpoints.and_then(Path::parent).and_then(Path::file_name) {
+        Some(run) => format!("{}-{name}", run.to_string_lossy()),
+        None => name,
+    }
+}
+
 /// A name as part of a file's.
 fn slug(name: &str) -> String {
     let plain: String =
@@ -181,5 +212,28 @@ mod tests {
         ] {
             assert_eq!(slug(name), expected);
         }
+    }
+
+    #[test]
+    fn different_comparisons_have_different_folders() {
+        let place = tempfile::tempdir().expect("a folder");
+        for name in ["a", "b"] {
+            std::fs::create_dir(place.path().join(name)).expect("made");
+            std::fs::write(place.path().join(name).join("out.json"), "[]").expect("written");
+        }
+        let file = |name: &str| against(place.path().join(name).join("out.json").to_str().expect("a name"));
+        assert_eq!((file("a"), file("b")), ("a-out".into(), "b-out".into()));
+        for (name, expected) in [
+            ("base", "base"),
+            ("runs/other", "other"),
+            ("x/adapter", "x"),
+            ("y/adapter/", "y"),
+            ("runs/other/checkpoints/step-5", "other-step-5"),
+        ] {
+            assert_eq!(against(name), expected);
+        }
+        let several = ["runs/a", "b/adapter"].map(PathBuf::from);
+        assert_eq!(sum(&several, &[]), "a-b");
+        assert_eq!(sum(&several, &[0.7, 0.3]), "a-0.7-b-0.3");
     }
 }
