@@ -35,29 +35,52 @@ fn temporary(path: &Path) -> PathBuf {
     path.with_file_name(name)
 }
 
+/// Where a folder that is replaced steps aside to.
+fn aside(path: &Path) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push("-old");
+    temporary(&path.with_file_name(name))
+}
+
 /// Removes what processes that are no more have left of writing `path`.
 fn remove_leftovers(path: &Path) {
-    #[cfg(unix)]
-    {
-        let Some(name) = path.file_name().and_then(|name| name.to_str()) else { return };
-        let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let is_alive = |id: i32| {
-            rustix::process::Pid::from_raw(id).is_none_or(|id| {
-                // one of another user is there too
-                !matches!(rustix::process::test_kill_process(id), Err(rustix::io::Errno::SRCH))
-            })
-        };
-        for path in fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()) {
-            let id = path.file_name().and_then(|name| name.to_str()).and_then(|other| {
-                other.strip_prefix(name)?.strip_prefix('-')?.strip_suffix(TEMPORARY)?.parse::<i32>().ok()
-            });
-            if id.is_some_and(|id| id > 0 && !is_alive(id)) {
-                let _ = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
-            }
+    let Some(name) = path.file_name().and_then(|name| name.to_str()) else { return };
+    let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    remove_abandoned(folder, |of| of == name || of.strip_suffix("-old") == Some(name));
+}
+
+/// Removes what processes that are no more have left half-written in a folder. What another one is writing stays.
+pub fn remove_partials(folder: &Path) {
+    remove_abandoned(folder, |_| true);
+}
+
+/// Removes what processes that are no more were writing under names that are `wanted`.
+fn remove_abandoned(folder: &Path, wanted: impl Fn(&str) -> bool) {
+    for path in fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()) {
+        let writer = path.file_name().and_then(|name| name.to_str()).and_then(|name| {
+            let (of, id) = name.strip_suffix(TEMPORARY)?.rsplit_once('-')?;
+            Some((of, id.parse::<i32>().ok()?))
+        });
+        if writer.is_some_and(|(of, id)| wanted(of) && id > 0 && !is_alive(id)) {
+            let _ = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
         }
     }
+}
+
+/// Whether there is a process of that number; where the system does not tell, there may be.
+fn is_alive(id: i32) -> bool {
+    #[cfg(unix)]
+    {
+        rustix::process::Pid::from_raw(id).is_none_or(|id| {
+            // one of another user is there too
+            !matches!(rustix::process::test_kill_process(id), Err(rustix::io::Errno::SRCH))
+        })
+    }
     #[cfg(not(unix))]
-    let _ = path;
+    {
+        let _ = id;
+        true
+    }
 }
 
 /// Writes a whole file.
@@ -111,8 +134,7 @@ pub fn write_at<E: From<WriteError>>(path: &Path, fill: impl FnOnce(&Path) -> Re
 pub fn write_folder<E: From<WriteError>>(path: &Path, fill: impl FnOnce(&Path) -> Result<(), E>) -> Result<(), E> {
     remove_leftovers(path);
     let partial = temporary(path);
-    let replaced =
-        path.with_file_name(format!("{}-old{TEMPORARY}", path.file_name().unwrap_or_default().to_string_lossy()));
+    let replaced = aside(path);
     let made = (|| {
         if partial.exists() {
             fs::remove_dir_all(&partial).map_err(cannot_write(&partial))?;
@@ -195,16 +217,6 @@ fn free_space(folder: &Path) -> Option<usize> {
     }
 }
 
-/// Removes what a killed run left half-written in a folder.
-pub fn remove_partials(folder: &Path) {
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        let path = entry.path();
-        if entry.file_name().to_string_lossy().ends_with(TEMPORARY) {
-            let _ = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
-        }
-    }
-}
-
 /// Syncs the files of a folder and the folder itself.
 fn sync_folder(folder: &Path) -> io::Result<()> {
     for entry in fs::read_dir(folder)? {
@@ -248,6 +260,35 @@ mod tests {
         assert!(failed.is_err());
         assert_eq!(fs::read_to_string(target.join("state")).expect("there"), "second");
         assert_eq!(fs::read_dir(place.path()).expect("there").count(), 1);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn only_what_the_dead_were_writing_is_removed() {
+        let place = tempfile::tempdir().expect("a folder");
+        let mut child = std::process::Command::new("true").spawn().expect("started");
+        let dead = child.id();
+        child.wait().expect("ended");
+        let alive = std::process::id();
+        for id in [dead, alive] {
+            fs::create_dir(place.path().join(format!("step-000001-{id}.partial"))).expect("made");
+            fs::create_dir(place.path().join(format!("step-000001-old-{id}.partial"))).expect("made");
+            fs::write(place.path().join(format!("state-{id}.partial")), "").expect("written");
+        }
+        fs::write(place.path().join("mine.partial"), "").expect("written");
+        let left = || {
+            let entries = fs::read_dir(place.path()).expect("there");
+            let mut names: Vec<_> =
+                entries.map(|entry| entry.expect("read").file_name().to_string_lossy().into_owned()).collect();
+            names.sort_unstable();
+            names
+        };
+        let of_living = ["state", "step-000001", "step-000001-old"].map(|name| format!("{name}-{alive}.partial"));
+        // those of another name stay
+        remove_leftovers(&place.path().join("step-000001"));
+        assert_eq!(left().len(), 5);
+        remove_partials(place.path());
+        assert_eq!(left(), [&["mine.partial".to_owned()], &of_living[..]].concat());
     }
 
     #[test]

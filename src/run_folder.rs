@@ -9,6 +9,8 @@
 //!   checkpoints/step-000100/             everything a resume needs
 //!   samples.jsonl                        answers of base and policy
 //!   margins.json                         of every held-out pair, before and after
+//!   eval.json                            what `dpo-lora eval` found
+//!   win-rate/AGAINST-by-JUDGE/           what `dpo-lora win-rate` did
 //!   report.html                          all of it to look at
 //!   tb/                                  the metrics for TensorBoard
 //! ```
@@ -71,7 +73,7 @@ impl RunFolder {
         Ok(Self { path: path.to_owned() })
     }
 
-    /// A folder that a run was begun in.
+    /// A folder that a run was begun in, and may be at work in: nothing in it is touched.
     ///
     /// # Errors
     /// There was none.
@@ -80,10 +82,14 @@ impl RunFolder {
         if !folder.resolved_recipe().is_file() {
             return Err(RunFolderError::NoRun(path.to_owned()));
         }
-        for folder in [path.to_owned(), path.join("checkpoints")] {
+        Ok(folder)
+    }
+
+    /// Removes what a killed run has left half-written, for one that goes on with it.
+    pub fn remove_partials(&self) {
+        for folder in [self.path.clone(), self.path.join("checkpoints")] {
             files::remove_partials(&folder);
         }
-        Ok(folder)
     }
 
     /// The folder.
@@ -139,6 +145,18 @@ impl RunFolder {
     #[must_use]
     pub fn margins(&self) -> PathBuf {
         self.path.join("margins.json")
+    }
+
+    /// `eval.json`
+    #[must_use]
+    pub fn eval(&self) -> PathBuf {
+        self.path.join("eval.json")
+    }
+
+    /// `win-rate/`
+    #[must_use]
+    pub fn win_rates(&self) -> PathBuf {
+        self.path.join("win-rate")
     }
 
     /// `report.html`
@@ -207,6 +225,25 @@ impl MetricsLog {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(unix)]
+    #[test]
+    fn opening_leaves_what_is_being_written_and_a_resume_removes_what_the_dead_left() {
+        let place = tempfile::tempdir().expect("a folder");
+        let run = RunFolder::create(&place.path().join("run")).expect("made");
+        fs::write(run.resolved_recipe(), "").expect("written");
+        let mut child = std::process::Command::new("true").spawn().expect("started");
+        child.wait().expect("ended");
+        let checkpoint = |id: u32| run.path().join("checkpoints").join(format!("step-000001-{id}.partial"));
+        let (dead, alive) = (checkpoint(child.id()), checkpoint(std::process::id()));
+        for folder in [&dead, &alive] {
+            fs::create_dir_all(folder).expect("made");
+        }
+        let opened = RunFolder::open(run.path()).expect("opened");
+        assert!(dead.exists() && alive.exists());
+        opened.remove_partials();
+        assert!(!dead.exists() && alive.exists());
+    }
 
     #[test]
     fn a_log_goes_on_where_a_checkpoint_was() {

@@ -208,7 +208,9 @@ fn run_to_resume(arguments: &cli::Run) -> Result<Option<RunFolder>, Failure> {
         (Some(folder), _) | (None, Some(folder)) => folder,
         (None, None) => return Err(request(RequestError::NoRun)),
     };
-    RunFolder::open(folder).map(Some).map_err(request)
+    let folder = RunFolder::open(folder).map_err(request)?;
+    folder.remove_partials();
+    Ok(Some(folder))
 }
 
 /// `quickstart-20260102-150405`
