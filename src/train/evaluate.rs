@@ -97,7 +97,13 @@ impl<'d> Evaluation<'d> {
         step: usize,
         advance: &dyn Fn(u64),
     ) -> Result<(Metrics, Vec<Scored>), TrainError> {
-        let kl = match loss.needs_kl() {
+        // the same numbers, need not be computed twice
+        let same = match policy {
+            Adapter::On => model.is_reference()?,
+            Adapter::Off => !model.has_reference_adapter(),
+            Adapter::Reference => true,
+        };
+        let kl = match loss.needs_kl() && !same {
             true => mismatched_kl(model, policy, &self.items, self.layout, self.budget)?,
             false => 0.0,
         };
@@ -107,12 +113,6 @@ impl<'d> Evaluation<'d> {
             Examples::Pairs | Examples::Demonstrations => self.items.len(),
         };
         let update = Update { examples, nll_tokens: nll_tokens(&self.items, loss), kl };
-        // the same numbers, need not be computed twice
-        let same = match policy {
-            Adapter::On => model.is_reference()?,
-            Adapter::Off => !model.has_reference_adapter(),
-            Adapter::Reference => true,
-        };
         let mut all = vec![Scored::default(); self.items.len()];
         let mut tally = Tally::default();
         let (mut k2, mut tokens) = (0.0, 0);
