@@ -5,14 +5,14 @@ use std::path::{Path, PathBuf};
 use miette::{Diagnostic, miette};
 use thiserror::Error;
 
-use super::report::read;
 use super::{Failure, failed, request};
 use crate::cli::{self, PlotWhat};
 use crate::files;
 use crate::report::chart::Chart;
 use crate::report::drawing::{Drawing, Theme};
 use crate::report::png::png;
-use crate::report::{self, History, ReportError};
+use crate::report::{self, History, ReportError, Run};
+use crate::run_folder::RunFolder;
 use crate::suggest::{did_you_mean, list};
 
 #[derive(Debug, Error, Diagnostic)]
@@ -69,7 +69,10 @@ fn losses(out: &Path) -> Result<(), Failure> {
 
 fn curves(runs: &[PathBuf], metric: &str, out: &Path) -> Result<(), Failure> {
     let format = Format::of(out)?;
-    let runs = runs.iter().map(|path| read(path)).collect::<Result<Vec<_>, _>>()?;
+    // both kinds are drawn of every metric, each in its form
+    let metric = metric.strip_prefix("eval_").unwrap_or(metric);
+    let read = |path: &PathBuf| Ok(Run::read(&RunFolder::open(path).map_err(request)?, false));
+    let runs = runs.iter().map(read).collect::<Result<Vec<_>, Failure>>()?;
     let names = report::names(&runs);
     let histories: Vec<(&str, &History)> =
         names.iter().map(String::as_str).zip(runs.iter().map(|run| &run.history)).collect();

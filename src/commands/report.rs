@@ -1,6 +1,6 @@
 //! `dpo-lora report`: the page of a run written again, or several runs beside each other.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::{Failure, failed, request};
 use crate::cli;
@@ -15,20 +15,16 @@ use crate::run_folder::RunFolder;
 /// See [`Failure`].
 pub fn report(arguments: &cli::Report) -> Result<(), Failure> {
     let console = Console::new(arguments.quiet);
-    let runs = arguments.runs.iter().map(|path| read(path)).collect::<Result<Vec<_>, _>>()?;
-    let (html, default) = match &runs[..] {
-        [run] => (report::render(run), arguments.runs[0].join("report.html")),
-        runs => (report::compare(runs), PathBuf::from("compared.html")),
+    let folders = arguments.runs.iter().map(|path| RunFolder::open(path)).collect::<Result<Vec<_>, _>>();
+    let folders = folders.map_err(request)?;
+    let runs: Vec<Run> = folders.iter().map(|folder| Run::read(folder, false)).collect();
+    let (html, default) = match (&runs[..], &folders[..]) {
+        ([run], [folder]) => (report::render(run), folder.report()),
+        (runs, _) => (report::compare(runs), PathBuf::from("compared.html")),
     };
     let out = arguments.out.as_ref().unwrap_or(&default);
     let html = html.map_err(|e| failed(ReportError::from(e)))?;
     files::write(out, html.as_bytes()).map_err(failed)?;
     console.fact("report", out.display());
     Ok(())
-}
-
-/// The run in a folder.
-pub(super) fn read(path: &Path) -> Result<Run, Failure> {
-    let folder = RunFolder::open(path).map_err(request)?;
-    Ok(Run::read(&folder, false))
 }

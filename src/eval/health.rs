@@ -19,6 +19,8 @@ pub const KL_TOO_FAR: f64 = 15.0;
 pub const CHOSEN_DROP: f64 = 0.1;
 /// Nats from which on they collapse: 65 % more perplexity.
 pub const CHOSEN_COLLAPSE: f64 = 0.5;
+/// The name of the check of [`length`], for who has another one of the same.
+pub const LENGTH: &str = "length of answers, times the base's";
 /// Times that answers may grow, or shrink, without a second look.
 pub const LENGTH_DRIFT: f64 = 1.5;
 /// Times from which on length has run away.
@@ -35,16 +37,16 @@ pub const WIN_RATE_SUSPECT: f64 = 0.9;
 /// What to make of a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Verdict {
+pub enum Level {
     /// As it is after a run that went well.
     Good,
     /// Worth a look.
     Watch,
-    /// Something is wrong.
+    /// Something is wrong: the result is probably not what was wanted.
     Bad,
 }
 
-impl Verdict {
+impl Level {
     /// In a table.
     #[must_use]
     pub fn word(self) -> &'static str {
@@ -66,18 +68,18 @@ pub struct Check {
     /// What is usual, in words.
     pub healthy: String,
     /// What to make of it.
-    pub verdict: Verdict,
+    pub verdict: Level,
     /// Why, in a sentence.
     pub why: String,
 }
 
 impl Check {
-    fn new(name: &str, value: f64, healthy: &str, (verdict, why): (Verdict, &str)) -> Self {
+    fn new(name: &str, value: f64, healthy: &str, (verdict, why): (Level, &str)) -> Self {
         Self { name: name.to_owned(), value, healthy: healthy.to_owned(), verdict, why: why.to_owned() }
     }
 }
 
-use Verdict::{Bad, Good, Watch};
+use Level::{Bad, Good, Watch};
 
 /// Share of held-out pairs whose chosen answer has the higher reward.
 #[must_use]
@@ -166,7 +168,7 @@ pub fn length(policy: f64, base: f64, chosen: Option<f64>) -> Check {
         () if ratio > 1.0 => (Bad, "length has exploded: DPO rewards length where the chosen answers are longer"),
         () => (Bad, "answers have shrunk away from both the base's and the chosen ones"),
     };
-    Check::new("length of answers, times the base's", ratio, "0.67 to 1.5", judged)
+    Check::new(LENGTH, ratio, "0.67 to 1.5", judged)
 }
 
 /// Share of answers that did not end within the limit: of the policy and of the base.
@@ -178,7 +180,9 @@ pub fn truncated(policy: f64, base: f64) -> Check {
             (Watch, "many answers are cut, the base's as well: raise --max-new-tokens to see their ends")
         }
         x if x <= 0.5 => (Watch, "more answers than the base's do not end within --max-new-tokens"),
-        _ => (Bad, "most answers do not end, and the base's do: the policy may have lost its end-of-text token"),
+        _ => {
+            (Bad, "most answers do not end, far more than the base's: the policy may have lost its end-of-text token")
+        }
     };
     Check::new("answers cut at the limit", policy, "up to 0.05", judged)
 }
@@ -210,19 +214,20 @@ pub fn choices(name: &str, difference: f64, p: f64) -> Check {
     Check { name: format!("accuracy on {name}, change"), ..Check::new("", difference, "not below 0", judged) }
 }
 
-/// A win rate over the base with its interval.
+/// A win rate over the base with its interval of 95 %.
 #[must_use]
-pub fn win_rate(rate: &Estimate) -> Check {
-    let judged = match rate.estimate {
+pub fn win_rate(rate: f64, [low, high]: [f64; 2]) -> Check {
+    let judged = match rate {
         x if x > WIN_RATE_SUSPECT => (
             Watch,
             "so high that the judge may go by something trivial: look at its reasons and at the rate at equal length",
         ),
-        _ if rate.against(0.5).is_gt() => (Good, "better than the base, more than chance explains"),
-        _ if rate.against(0.5).is_lt() => (Bad, "worse than the base, more than chance explains"),
+        _ if low > 0.5 => (Good, "better than the base, more than chance explains"),
+        _ if high < 0.5 => (Bad, "worse than the base, more than chance explains"),
         _ => (Watch, "the interval has 0.5 in it: these prompts do not tell which is better"),
     };
-    Check::new("win rate over the base", rate.estimate, "0.55 to 0.65", judged)
+    let [from, to] = WIN_RATE.map(|share| 100.0 * share);
+    Check::new("win rate over the base", rate, &format!("{from:.0} to {to:.0} %"), judged)
 }
 
 #[cfg(test)]
@@ -246,7 +251,7 @@ mod tests {
             [[0.1, 0.3], [-0.1, 0.3], [-0.3, -0.1]].map(|interval| margin(&estimate(0.0, interval)).verdict);
         assert_eq!(margins, [Good, Watch, Bad]);
         let rates = [(0.6, [0.55, 0.65]), (0.52, [0.48, 0.56]), (0.4, [0.3, 0.45]), (0.95, [0.9, 0.98])];
-        assert_eq!(rates.map(|(x, interval)| win_rate(&estimate(x, interval)).verdict), [Good, Watch, Bad, Watch]);
+        assert_eq!(rates.map(|(x, interval)| win_rate(x, interval).verdict), [Good, Watch, Bad, Watch]);
         let changes = [(-0.1, 0.001), (-0.03, 0.3), (-0.001, 1.0), (0.1, 0.001)];
         assert_eq!(changes.map(|(d, p)| choices("x", d, p).verdict), [Bad, Watch, Good, Good]);
     }

@@ -16,7 +16,7 @@ mod pairs;
 
 pub use answers::{AnswerSide, Answers, Distance, Repetition, Sampled, repetition};
 pub use choices::{ChoiceResult, Compared, score_choices};
-pub use health::{Check, Verdict};
+pub use health::{Check, Level};
 pub use pairs::{Histogram, PairLogps, Pairs};
 
 /// Rows that are computed at once, but for a single longer sequence: as many as products need for full speed.

@@ -1,4 +1,4 @@
-//! Data and axes to a [`Drawing`]: lines, points, bands, bars and rules over one pair of axes.
+//! Data and axes to a [`Drawing`]: lines, points, bars and rules over one pair of axes.
 
 use super::drawing::{Anchor, Drawing, Ink, Item, text_width};
 use super::ticks;
@@ -40,8 +40,6 @@ pub enum Mark {
         width: f64,
         /// From 0 to 1.
         opacity: f64,
-        /// Whether it is dashed.
-        dashed: bool,
         /// What is written at its end.
         label: String,
     },
@@ -59,13 +57,6 @@ pub enum Mark {
         opacity: f64,
         /// What is written at the last of them.
         label: String,
-    },
-    /// The area between two lines.
-    Band {
-        /// `(x, from, to)`, from left to right.
-        points: Vec<(f64, f64, f64)>,
-        /// Its colour.
-        ink: Ink,
     },
     /// Bars that stand on zero.
     Bars {
@@ -239,7 +230,7 @@ impl Mark {
     fn label(&self) -> Option<&str> {
         match self {
             Self::Line { label, .. } | Self::Points { label, .. } | Self::Bars { label, .. } => Some(label),
-            Self::Band { .. } | Self::RuleX(_) | Self::RuleY(_) => None,
+            Self::RuleX(_) | Self::RuleY(_) => None,
         }
     }
 
@@ -247,7 +238,6 @@ impl Mark {
     fn values(&self) -> Vec<Point> {
         match self {
             Self::Line { points, .. } | Self::Points { points, .. } => points.clone(),
-            Self::Band { points, .. } => points.iter().flat_map(|&(x, from, to)| [(x, from), (x, to)]).collect(),
             Self::Bars { bars, .. } => {
                 bars.iter().flat_map(|&(from, to, height)| [(from, height), (to, 0.0)]).collect()
             }
@@ -265,12 +255,12 @@ impl Mark {
         y: &Placed,
     ) {
         match self {
-            Self::Line { points, ink, width, opacity, dashed, .. } => {
+            Self::Line { points, ink, width, opacity, .. } => {
                 for points in points.split(|(x, y)| !(x.is_finite() && y.is_finite())) {
                     let points: Vec<_> = thinned(points).into_iter().filter_map(place).collect();
                     if points.len() > 1 {
                         let (stroke, opacity) = (Some((*ink, *width)), *opacity);
-                        drawing.items.push(Item::Path { points, stroke, fill: None, opacity, dashed: *dashed });
+                        drawing.items.push(Item::Path { points, stroke, fill: None, opacity });
                     }
                 }
             }
@@ -282,12 +272,6 @@ impl Mark {
                     let (radius, stroke, opacity) = (*radius, *ink, *opacity);
                     drawing.items.push(Item::Circle { at, radius, stroke, fill, opacity, note });
                 }
-            }
-            Self::Band { points, ink } => {
-                let upper = points.iter().filter_map(|&(x, _, to)| place((x, to)));
-                let lower = points.iter().rev().filter_map(|&(x, from, _)| place((x, from)));
-                let (points, fill) = (upper.chain(lower).collect(), Some(*ink));
-                drawing.items.push(Item::Path { points, stroke: None, fill, opacity: 0.15, dashed: false });
             }
             Self::Bars { bars, ink, opacity, label } => {
                 for &(from, to, height) in bars.iter().filter(|bar| bar.2 > 0.0) {
@@ -439,7 +423,7 @@ mod tests {
 
     fn line(points: Vec<Point>, label: &str) -> Mark {
         let label = label.to_owned();
-        Mark::Line { points, ink: Ink::Series(0), width: 2.0, opacity: 1.0, dashed: false, label }
+        Mark::Line { points, ink: Ink::Series(0), width: 2.0, opacity: 1.0, label }
     }
 
     #[test]

@@ -1,25 +1,15 @@
 //! Shapes of a run that are known to be bad, and what to do about each.
 //!
 //! The thresholds are rules of thumb, meant to be silent on a run that went well and to name the usual accidents; each
-//! has its reason beside it.
+//! has its reason beside it. Those that an evaluation goes by too are in [`health`].
 
 use serde::Serialize;
 
 use super::history::History;
-use super::run::Run;
+use super::run::{Run, WinRate};
 use super::ticks::{number, percent};
-
-/// How a check came out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Level {
-    /// As it should be.
-    Good,
-    /// Worth a look.
-    Watch,
-    /// The result is probably not what was wanted.
-    Bad,
-}
+use crate::eval::{Level, health};
+use crate::statistics::mean;
 
 /// One thing that was looked at.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -57,8 +47,8 @@ pub fn checks(run: &Run) -> Vec<Check> {
 
 /// The mean of the values after a share of the run.
 fn mean_after(points: &[(f64, f64)], share: f64) -> Option<f64> {
-    let rest = &points[((points.len() as f64 * share) as usize).min(points.len())..];
-    (!rest.is_empty()).then(|| rest.iter().map(|(_, y)| y).sum::<f64>() / rest.len() as f64)
+    let rest: Vec<f64> = points.iter().skip((points.len() as f64 * share) as usize).map(|(_, y)| *y).collect();
+    (!rest.is_empty()).then(|| mean(&rest))
 }
 
 /// Enough updates to see a shape.
@@ -220,11 +210,12 @@ fn chosen(history: &History) -> Option<Check> {
     // perplexity is of the chosen answers, so its logarithm is their loss of log-probability a token
     let fell = after?.ln() - before?.ln();
     let (margin_before, margin_after) = history.before_and_after("rewards/margins");
-    let rose = margin_after.zip(margin_before).is_none_or(|(after, before)| after > before);
+    // not known where there are no rejected answers, or no rewards
+    let rose = margin_after.zip(margin_before).map(|(after, before)| after > before);
     // a tenth of a nat makes a token 10 % less likely; half a nat, 40 %
     let level = match fell {
-        fell if fell > 0.5 => Level::Bad,
-        fell if fell > 0.1 || (fell > 0.02 && !rose) => Level::Watch,
+        fell if fell > health::CHOSEN_COLLAPSE => Level::Bad,
+        fell if fell > health::CHOSEN_DROP || (fell > 0.02 && rose == Some(false)) => Level::Watch,
         _ => Level::Good,
     };
     let by = number(fell.abs());
@@ -233,7 +224,7 @@ fn chosen(history: &History) -> Option<Check> {
         false => format!("The chosen answers gained {by} nats a token."),
     };
     Some(match level {
-        Level::Good if fell > 0.0 => Check {
+        Level::Good if fell > 0.0 && rose == Some(true) => Check {
             name: "Chosen answers stay likely",
             level,
             seen: format!(
@@ -246,15 +237,32 @@ fn chosen(history: &History) -> Option<Check> {
             name: "Chosen answers become less likely",
             level,
             seen,
-            remedy: "A small fall is normal, as only the distance to the rejected answers is trained; this one is larger. \
-                     Read the samples. A larger beta, a lower learning rate or fewer epochs hold the policy nearer.",
+            remedy: match (rose, history.has_rewards()) {
+                (Some(true), _) => {
+                    "A small fall is normal, as only the distance to the rejected answers is trained; this one is larger. \
+                     Read the samples. A larger beta, a lower learning rate or fewer epochs hold the policy nearer."
+                }
+                (_, true) => {
+                    "Read the samples. A larger beta, a lower learning rate or fewer epochs hold the policy nearer."
+                }
+                (_, false) => "Read the samples. A lower learning rate or fewer epochs hold the policy nearer.",
+            },
         },
         Level::Bad => Check {
             name: "The chosen answers collapse",
             level,
             seen,
-            remedy: "The policy wins by unlearning both answers. Raise beta, lower the learning rate, or keep the \
-                     likelihood in the loss: [loss.orpo], or [loss.sft] first.",
+            remedy: match (rose, history.has_rewards()) {
+                (Some(true), _) => {
+                    "The policy wins by unlearning both answers. Raise beta, lower the learning rate, or keep the \
+                     likelihood in the loss: [loss.orpo], or [loss.sft] first."
+                }
+                (_, true) => {
+                    "The policy unlearns them. Raise beta, lower the learning rate, or keep the likelihood in the loss: \
+                     [loss.orpo], or [loss.sft] first."
+                }
+                (_, false) => "The policy unlearns them. Lower the learning rate, or train on fewer epochs.",
+            },
         },
     })
 }
@@ -276,8 +284,16 @@ fn distance(history: &History) -> Option<Check> {
             name: "The policy runs away from the reference",
             level,
             seen,
-            remedy: "Expect odd or repetitive answers: read the samples. Raise beta, lower the learning rate, or train on \
-                     fewer epochs.",
+            remedy: match history.has_rewards() {
+                true => {
+                    "Expect odd or repetitive answers: read the samples. Raise beta, lower the learning rate, or train on \
+                     fewer epochs."
+                }
+                false => {
+                    "Expect odd or repetitive answers: read the samples. Lower the learning rate, or train on fewer \
+                     epochs."
+                }
+            },
         },
     })
 }
@@ -323,7 +339,11 @@ fn gradients(history: &History) -> Option<Check> {
 
 /// Whether the policy's answers became much longer or shorter, by a judge's prompts or else by the samples.
 fn lengths(run: &Run) -> Option<Check> {
-    let judged = run.win_rates.iter().find_map(|win_rate| {
+    // an evaluation knows more of it, and one fault counts once
+    if run.eval.iter().flat_map(|eval| &eval.checks).any(|check| check.name == health::LENGTH) {
+        return None;
+    }
+    let judged = run.own_win_rates().filter(|win_rate| win_rate.is_against_base()).find_map(|win_rate: &WinRate| {
         let lengths = &win_rate.lengths;
         let tokens = lengths.policy_tokens.zip(lengths.against_tokens);
         let (policy, against) = tokens.or(lengths.policy_chars.zip(lengths.against_chars))?;
@@ -345,20 +365,25 @@ fn lengths(run: &Run) -> Option<Check> {
     let seen = format!("The policy's answers are {} times as long as the base's, {over}.", number(ratio));
     // preference data favours the longer answer; a judge does too
     Some(match ratio {
-        ratio if ratio > 2.0 => Check {
+        ratio if ratio > health::LENGTH_EXPLODES => Check {
             name: "Answers explode in length",
             level: Level::Bad,
             seen,
-            remedy: "The policy learned that longer is better. Look whether chosen answers are longer than rejected ones in \
-                     the data; [loss.ipo], which counts by token, a larger beta, or balanced rows help.",
+            remedy: match run.history.has_rewards() {
+                true => {
+                    "The policy learned that longer is better. Look whether chosen answers are longer than rejected ones \
+                     in the data; [loss.ipo], which counts by token, a larger beta, or balanced rows help."
+                }
+                false => "Look whether the answers in the data are so long, and whether the policy's end at all.",
+            },
         },
-        ratio if ratio > 1.4 => Check {
+        ratio if ratio > health::LENGTH_DRIFT => Check {
             name: "Answers become longer",
             level: Level::Watch,
             seen,
             remedy: "Some of what a judge likes may be the length alone: look at the length-controlled win rate.",
         },
-        ratio if ratio < 0.5 => Check {
+        ratio if ratio < 1.0 / health::LENGTH_DRIFT => Check {
             name: "Answers become much shorter",
             level: Level::Watch,
             seen,
@@ -371,7 +396,7 @@ fn lengths(run: &Run) -> Option<Check> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::report::run::{Lengths, Sample, State, WinRate};
+    use crate::report::run::{EvalCheck, EvalFile, Lengths, Sample, State, WinRate};
 
     /// A made-up run of 100 updates that goes as it should, changed by `f(name, share of the run, value)`.
     pub(in crate::report) fn run(change: impl Fn(&str, f64, f64) -> f64) -> Run {
@@ -392,7 +417,12 @@ pub(super) mod tests {
                 push("grad_norm", 2.0 + (step as f64).cos());
             }
         }
-        let sample = Sample { prompt: "p".into(), base: "twelve chars".into(), policy: "eleven char".into() };
+        let sample = Sample {
+            prompt: "p".into(),
+            base: "twelve chars".into(),
+            policy: "eleven char".into(),
+            ..Sample::default()
+        };
         Run {
             name: "run".into(),
             state: State::Finished,
@@ -507,11 +537,63 @@ pub(super) mod tests {
         let mut long = run(|_, _, value| value);
         long.samples[0].policy = "a".repeat(100);
         assert_eq!(worst(&long), (Level::Bad, "Answers explode in length"));
-        let lengths = Lengths { policy_tokens: Some(150.0), against_tokens: Some(100.0), ..Lengths::default() };
-        long.win_rates = vec![WinRate { lengths, ..WinRate::default() }];
+        let lengths = Lengths { policy_tokens: Some(160.0), against_tokens: Some(100.0), ..Lengths::default() };
+        long.win_rates = vec![WinRate { lengths, against: "base".into(), ..WinRate::default() }];
         assert_eq!(worst(&long), (Level::Watch, "Answers become longer"));
         long.win_rates[0].lengths.policy_tokens = Some(30.0);
         assert_eq!(worst(&long), (Level::Watch, "Answers become much shorter"));
+        // another adapter's answers are not the base's, and a checkpoint's are not the run's
+        for (folder, against) in [("other-by-x", "other"), ("step-000050-vs-base-by-x", "base")] {
+            (long.win_rates[0].folder, long.win_rates[0].against) = (folder.into(), against.into());
+            assert_eq!(worst(&long), (Level::Bad, "Answers explode in length"), "by the samples");
+        }
+        // what an evaluation says of it is shown with it
+        let check = EvalCheck { name: health::LENGTH.into(), verdict: "bad".into(), ..EvalCheck::default() };
+        long.eval = Some(EvalFile { checks: vec![check], ..EvalFile::default() });
+        assert_eq!(worst(&long).0, Level::Good);
+    }
+
+    /// A made-up run whose chosen answers lose `nats` a token by its end.
+    fn losing(nats: f64, change: impl Fn(&str, f64, f64) -> f64) -> Check {
+        let run = run(
+            |name, t, value| {
+                if name == "eval_perplexity" { 3.0 * (nats * t).exp() } else { change(name, t, value) }
+            },
+        );
+        let found = checks(&run).into_iter().find(|check| check.name.to_lowercase().contains("chosen answers"));
+        found.expect("a check")
+    }
+
+    #[test]
+    fn only_a_margin_that_rose_excuses_a_fall_of_the_chosen_answers() {
+        let rose = losing(0.01, |_, _, value| value);
+        assert!(rose.level == Level::Good && rose.seen.contains("those fell further"), "{rose:?}");
+        let fell = losing(0.01, |name, t, value| if name == "eval_rewards/margins" { -t } else { value });
+        assert!(fell.level == Level::Good && !fell.seen.contains("normal"), "{fell:?}");
+    }
+
+    /// Fine-tuning has neither rejected answers nor a beta.
+    #[test]
+    fn fine_tuning_is_not_told_of_margins_and_beta() {
+        for nats in [0.05, 0.3, 0.8] {
+            let mut run = run(|name, t, value| match name {
+                "eval_perplexity" => 3.0 * (nats * t).exp(),
+                "eval_kl_to_reference" => 9.0 * t,
+                _ => value,
+            });
+            let mut history = History::default();
+            for name in ["eval_perplexity", "eval_kl_to_reference"] {
+                run.history.get(name).iter().for_each(|(step, value)| history.push(name, *step as u64, *value));
+            }
+            run.history = history;
+            run.samples[0].policy = "a".repeat(100);
+            let found = checks(&run);
+            assert!(found.len() >= 4, "{found:#?}");
+            for check in &found {
+                let said = format!("{} {}", check.seen, check.remedy);
+                assert!(!said.contains("beta") && !said.contains("rejected"), "{said}");
+            }
+        }
     }
 
     #[test]

@@ -6,9 +6,9 @@ use serde::Serialize;
 
 use super::chart::Chart;
 use super::curves::{self, PANELS};
-use super::page::{Picture, fill};
+use super::page::{self, Picture, ROWS, fill};
 use super::run::Run;
-use super::ticks::{number, percent};
+use super::ticks::{interval, tenths};
 
 #[derive(Serialize)]
 struct Page {
@@ -82,18 +82,14 @@ pub fn names(runs: &[Run]) -> Vec<String> {
 /// Why their numbers should not be compared.
 fn warnings(runs: &[Run]) -> Vec<String> {
     let mut warnings = Vec::new();
-    let held_out = |run: &Run| run.summary.pointer("/data/eval/facts").cloned();
-    if runs.windows(2).any(|pair| held_out(&pair[0]) != held_out(&pair[1])) {
+    if differ(runs, |run| run.summary.pointer("/data/eval/facts")) {
         warnings
             .push("The runs have different held-out data, so their metrics say little about each other.".to_owned());
     }
-    let base = |run: &Run| run.summary.pointer("/hashes/base").cloned();
-    if runs.windows(2).any(|pair| base(&pair[0]) != base(&pair[1])) {
+    if differ(runs, |run| run.summary.pointer("/hashes/base")) {
         warnings.push("The runs are on different bases.".to_owned());
     }
-    let loss =
-        |run: &Run| run.recipe.as_ref().map(|recipe| (recipe.loss.name(), recipe.loss.beta().map(f64::to_bits)));
-    if runs.windows(2).any(|pair| loss(&pair[0]) != loss(&pair[1])) {
+    if differ(runs, |run| run.recipe.as_ref().map(|recipe| (recipe.loss.name(), recipe.loss.beta()))) {
         warnings.push(
             "Losses, rewards and margins of another loss or beta are in other units; accuracies, log-probs and perplexity can \
              be compared."
@@ -103,20 +99,14 @@ fn warnings(runs: &[Run]) -> Vec<String> {
     warnings
 }
 
+/// Whether two runs are known to differ: one that has not ended has no summary, and says nothing.
+fn differ<'r, T: PartialEq>(runs: &'r [Run], of: impl Fn(&'r Run) -> Option<T>) -> bool {
+    let known: Vec<T> = runs.iter().filter_map(of).collect();
+    known.windows(2).any(|pair| pair[0] != pair[1])
+}
+
 fn rows(runs: &[Run]) -> Vec<Row> {
-    type Metric = (&'static str, &'static str, fn(f64) -> String, Option<bool>);
-    // whether more is better, where one direction is
-    let metrics: [Metric; 8] = [
-        ("rewards/accuracies", "Reward accuracy", percent, Some(true)),
-        ("rewards/margins", "Reward margin", number, None),
-        ("logps/accuracies", "Chosen answer is the likelier one", percent, Some(true)),
-        ("loss", "Loss", number, None),
-        ("logps/chosen", "Log-prob of the chosen answer", number, Some(true)),
-        ("logps/rejected", "Log-prob of the rejected answer", number, None),
-        ("perplexity", "Perplexity of chosen answers", number, Some(false)),
-        ("kl_to_reference", "Distance from the reference, nats a token", number, None),
-    ];
-    let row = |(metric, label, show, more): Metric| {
+    let row = |(metric, label, show, more): page::Row| {
         let values: Vec<Option<f64>> = runs.iter().map(|run| run.history.before_and_after(metric).1).collect();
         let known = || values.iter().flatten().copied();
         known().next()?;
@@ -129,7 +119,7 @@ fn rows(runs: &[Run]) -> Vec<Row> {
         };
         Some(Row { label: label.to_owned(), cells: values.iter().map(cell).collect() })
     };
-    let mut rows: Vec<Row> = metrics.into_iter().filter_map(row).collect();
+    let mut rows: Vec<Row> = ROWS.into_iter().filter_map(row).collect();
     let summary = |label: &str, show: &dyn Fn(&Run) -> Option<String>| {
         let text = |run: &Run| Cell { text: show(run).unwrap_or_else(|| "—".into()), best: false };
         Row { label: label.to_owned(), cells: runs.iter().map(text).collect() }
@@ -145,14 +135,12 @@ fn win_rates(runs: &[Run], names: &[String]) -> Vec<[String; 3]> {
             .win_rates
             .iter()
             .map(|win_rate| {
-                let interval = win_rate
-                    .win_rate
-                    .interval
-                    .map_or(String::new(), |(low, high)| format!(" [{:.1}, {:.1}]", 100.0 * low, 100.0 * high));
+                let interval =
+                    win_rate.win_rate.interval.map_or(String::new(), |both| format!(" ({})", interval(both)));
                 [
-                    name.clone(),
+                    if win_rate.is_of_run() { name.clone() } else { format!("{name}, {}", win_rate.policy) },
                     format!("{}, by {}, {} prompts", win_rate.against, win_rate.judge.name, win_rate.prompts),
-                    format!("{:.1} %{interval}", 100.0 * win_rate.win_rate.estimate),
+                    tenths(win_rate.win_rate.estimate) + &interval,
                 ]
             })
             .collect();
@@ -223,6 +211,20 @@ fn samples(runs: &[Run], names: &[String]) -> Vec<Sample> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_run_without_a_summary_is_not_said_to_differ() {
+        let made = |summary| Run { summary, ..super::super::checks::tests::run(|_, _, value| value) };
+        let summary = |base: &str, rows: u32| serde_json::json!({"hashes": {"base": base}, "data": {"eval": {"facts": {"rows": rows}}}});
+        let (a, b) = (summary("a", 1), summary("b", 2));
+        let warned = |summaries: &[&serde_json::Value]| {
+            let runs: Vec<Run> = summaries.iter().map(|&summary| made(summary.clone())).collect();
+            warnings(&runs).len()
+        };
+        let none = serde_json::Value::Null;
+        assert_eq!([warned(&[&a, &none]), warned(&[&a, &a]), warned(&[&a, &b])], [0, 0, 2]);
+        assert_eq!(warned(&[&a, &none, &b]), 2);
+    }
 
     #[test]
     fn recipes_are_compared_key_by_key() {

@@ -177,7 +177,6 @@ fn training(points: &[Point], ink: Ink, label: &str) -> Vec<Mark> {
         ink,
         width,
         opacity,
-        dashed: false,
         label: label.to_owned(),
     };
     // what follows a plan is not noisy
@@ -197,8 +196,7 @@ fn held_out(points: &[Point], ink: Ink, label: &str, alone: bool) -> Vec<Mark> {
     }
     let dots =
         Mark::Points { points: points.to_vec(), ink, radius: 3.5, filled: false, opacity: 1.0, label: label.into() };
-    let line =
-        Mark::Line { points: points.to_vec(), ink, width: 1.5, opacity: 0.6, dashed: false, label: String::new() };
+    let line = Mark::Line { points: points.to_vec(), ink, width: 1.5, opacity: 0.6, label: String::new() };
     if alone { vec![line, dots] } else { vec![dots] }
 }
 

@@ -98,8 +98,6 @@ pub enum Item {
         fill: Option<Ink>,
         /// From 0 to 1.
         opacity: f64,
-        /// Whether the line is dashed.
-        dashed: bool,
     },
     /// A circle.
     Circle {
@@ -154,12 +152,12 @@ impl Drawing {
     }
 
     pub(super) fn line(&mut self, points: Vec<(f64, f64)>, ink: Ink, width: f64) {
-        self.items.push(Item::Path { points, stroke: Some((ink, width)), fill: None, opacity: 1.0, dashed: false });
+        self.items.push(Item::Path { points, stroke: Some((ink, width)), fill: None, opacity: 1.0 });
     }
 
     pub(super) fn rectangle(&mut self, (x0, y0): (f64, f64), (x1, y1): (f64, f64), fill: Ink, opacity: f64) {
         let points = vec![(x0, y0), (x1, y0), (x1, y1), (x0, y1)];
-        self.items.push(Item::Path { points, stroke: None, fill: Some(fill), opacity, dashed: false });
+        self.items.push(Item::Path { points, stroke: None, fill: Some(fill), opacity });
     }
 
     pub(super) fn text(&mut self, at: (f64, f64), anchor: Anchor, text: &str, size: f64, ink: Ink) {
@@ -235,7 +233,7 @@ impl Item {
     fn write(&self, svg: &mut String, theme: Theme) {
         // writing into a String cannot fail
         match self {
-            Self::Path { points, stroke, fill, opacity, dashed } => {
+            Self::Path { points, stroke, fill, opacity } => {
                 svg.push_str("<path d=\"");
                 for (i, (x, y)) in points.iter().enumerate() {
                     let _ = write!(svg, "{}{} {}", if i == 0 { 'M' } else { 'L' }, coordinate(*x), coordinate(*y));
@@ -248,9 +246,6 @@ impl Item {
                     let (ink, width) = (ink.css(theme), coordinate(*width));
                     let _ = write!(svg, " stroke=\"{ink}\" stroke-width=\"{width}\"");
                     svg.push_str(" stroke-linejoin=\"round\" stroke-linecap=\"round\"");
-                }
-                if *dashed {
-                    svg.push_str(" stroke-dasharray=\"4 4\"");
                 }
                 write_opacity(svg, *opacity);
                 svg.push_str("/>");

@@ -93,6 +93,18 @@ impl History {
         (before.map(|(_, value)| *value), after.map(|(_, value)| *value))
     }
 
+    /// Whether the policy is its own reference before the first update, so that it has neither margin nor accuracy.
+    #[must_use]
+    pub fn starts_at_reference(&self) -> bool {
+        self.before_and_after("rewards/margins").0 == Some(0.0)
+    }
+
+    /// Whether the loss has rewards, which is whether it has a beta.
+    #[must_use]
+    pub fn has_rewards(&self) -> bool {
+        self.names().any(|name| name.trim_start_matches("eval_").starts_with("rewards/"))
+    }
+
     /// Updates at which a number was not finite, with its name.
     #[must_use]
     pub fn not_finite(&self) -> &[(u64, String)] {

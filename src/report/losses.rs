@@ -52,7 +52,7 @@ fn range(from: f64, to: f64) -> Vec<f64> {
 
 fn line(points: Vec<Point>, series: usize, label: impl Into<String>) -> Mark {
     let (ink, label) = (Ink::Series(series), label.into());
-    Mark::Line { points, ink, width: 2.0, opacity: 1.0, dashed: false, label }
+    Mark::Line { points, ink, width: 2.0, opacity: 1.0, label }
 }
 
 fn dpo(beta: f64, label_smoothing: f64) -> Loss {

@@ -19,17 +19,17 @@ mod page;
 pub mod png;
 mod run;
 pub mod tensorboard;
-mod ticks;
+pub(crate) mod ticks;
 
 use miette::Diagnostic;
 use thiserror::Error;
 
-pub use checks::{Check, Level, checks};
+pub use checks::{Check, checks};
 pub use compare::{compare, names};
 pub use curves::curve;
 pub use history::History;
 pub use page::{pictures, render};
-pub use run::{BeforeAfter, Margins, Run, State};
+pub use run::{BeforeAfter, Margins, Run, Sample, State};
 
 use crate::files::{self, WriteError};
 use crate::run_folder::RunFolder;

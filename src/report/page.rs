@@ -6,15 +6,16 @@ use minijinja::{AutoEscape, Environment, UndefinedBehavior};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::chart::{Chart, Mark, Scale, histogram};
-use super::checks::{Check, Level, checks};
+use super::chart::{Chart, Mark, histogram};
+use super::checks::{Check, checks};
 use super::curves::{self, PANELS};
 use super::drawing::{Anchor, Drawing, Ink, Item, Theme};
-use super::run::{BeforeAfter, EvalFile, Judged, Margins, Run, Sample, State, WinRate};
-use super::ticks::{number, percent};
+use super::run::{BeforeAfter, EvalCheck, EvalFile, Judged, Margins, Run, Sample, State, WinRate};
+use super::ticks::{interval, number, percent, tenths};
 use crate::bytes;
+use crate::eval::{Level, health};
 use crate::progress::{duration, thousands};
-use crate::statistics::wilson;
+use crate::statistics::{mean, wilson};
 
 /// A picture in a page: markup of our own, with its texts escaped already.
 type Svg = minijinja::Value;
@@ -33,7 +34,7 @@ struct Page<'r> {
     held_out: Vec<[String; 3]>,
     margins: Vec<Picture>,
     win_rates: Vec<WinRateView<'r>>,
-    eval: Option<EvalView<'r>>,
+    eval: Option<EvalView>,
     samples: &'r [Sample],
     curves: Vec<Picture>,
     smoothing: String,
@@ -54,8 +55,7 @@ pub(super) struct Picture {
 
 impl Picture {
     pub(super) fn new(title: impl Into<String>, note: impl Into<String>, drawing: &Drawing) -> Self {
-        let svg = minijinja::Value::from_safe_string(drawing.svg(Theme::Page));
-        Self { title: title.into(), note: note.into(), svg }
+        Self { title: title.into(), note: note.into(), svg: safe(drawing) }
     }
 }
 
@@ -77,8 +77,10 @@ struct Tile {
 #[derive(Serialize)]
 struct WinRateView<'r> {
     win_rate: &'r WinRate,
+    policy: &'r str,
     judge: String,
     estimate: String,
+    health: Option<Looked>,
     estimates: Svg,
     counts: Svg,
     categories: Vec<[String; 3]>,
@@ -97,10 +99,20 @@ struct Group<'r> {
     samples: Vec<&'r Judged>,
 }
 
+/// A value beside what is usual, in words.
 #[derive(Serialize)]
-struct EvalView<'r> {
+struct Looked {
+    name: String,
+    value: String,
+    healthy: String,
+    verdict: String,
+    why: String,
+}
+
+#[derive(Serialize)]
+struct EvalView {
     facts: Vec<[String; 2]>,
-    checks: &'r [super::run::EvalCheck],
+    checks: Vec<Looked>,
     choices: Vec<[String; 5]>,
 }
 
@@ -184,16 +196,12 @@ pub(super) fn fill(name: &str, page: &impl Serialize) -> Result<String, minijinj
     templates.get_template(name)?.render(minijinja::Value::from(Serde(page)))
 }
 
-fn at<'v>(value: &'v Value, path: &str) -> Option<&'v Value> {
-    path.split('.').try_fold(value, |value, key| value.get(key)).filter(|value| !value.is_null())
-}
-
 fn text_at(value: &Value, path: &str) -> Option<String> {
-    at(value, path)?.as_str().map(str::to_owned)
+    value.pointer(path)?.as_str().map(str::to_owned)
 }
 
 fn count_at(value: &Value, path: &str) -> Option<usize> {
-    at(value, path)?.as_u64().map(|count| count as usize)
+    value.pointer(path)?.as_u64().map(|count| count as usize)
 }
 
 /// The line below the title.
@@ -213,13 +221,13 @@ fn facts(run: &Run) -> Vec<String> {
             facts.push(format!("rank {}", rank.get()));
         }
     }
-    if let Some(examples) = count_at(&run.summary, "data.train.facts.examples") {
+    if let Some(examples) = count_at(&run.summary, "/data/train/facts/examples") {
         facts.push(format!("{} training examples", thousands(examples)));
     }
-    if let Some(steps) = count_at(&run.summary, "steps") {
+    if let Some(steps) = count_at(&run.summary, "/steps") {
         facts.push(format!("{} updates", thousands(steps)));
     }
-    if let Some(seconds) = at(&run.summary, "seconds").and_then(Value::as_f64) {
+    if let Some(seconds) = run.summary.get("seconds").and_then(Value::as_f64) {
         facts.push(duration(seconds));
     }
     facts
@@ -230,36 +238,36 @@ fn pairs(run: &Run) -> Option<usize> {
     let counted = |side: &[Option<f32>]| Some(side.iter().flatten().count()).filter(|&n| n > 0);
     counted(&run.margins.logps.after)
         .or_else(|| counted(&run.margins.logps.before))
-        .or_else(|| count_at(&run.summary, "data.eval.facts.examples"))
-}
-
-fn interval([low, high]: [f64; 2]) -> String {
-    format!("95 % interval {:.0} to {:.0} %", 100.0 * low, 100.0 * high)
+        .or_else(|| count_at(&run.summary, "/data/eval/facts/examples"))
 }
 
 /// What the evidence says: a judge's verdict first, then held-out pairs, then the loss.
 fn evidence(run: &Run) -> (Level, String, String) {
-    // a model that judges says more than a formula
-    let judged = run.win_rates.iter().find(|win_rate| win_rate.judge.kind == "endpoint").or(run.win_rates.first());
-    if let Some(WinRate { win_rate, against, judge, prompts, .. }) = judged {
-        let against = if against.is_empty() || against == "base" { "the base" } else { against };
+    // whether it is better than before is what is asked; what has a verdict says more than what has none, and a model that
+    // judges more than a formula
+    let against_base = run.own_win_rates().filter(|win_rate| win_rate.is_against_base());
+    let judged = against_base.min_by_key(|win_rate| (!win_rate.is_known(), win_rate.judge.kind != "endpoint"));
+    if let Some(WinRate { win_rate, judge, prompts, .. }) = judged {
+        let prompts = thousands(*prompts as usize);
+        if !win_rate.estimate.is_finite() {
+            let sentence = format!("None of {prompts} prompts has a verdict of {}.", judge.name);
+            return (Level::Watch, "No verdict.".to_owned(), sentence);
+        }
         let (level, headline) = match win_rate.interval {
-            Some((low, _)) if low > 0.5 => (Level::Good, format!("Better than {against}.")),
-            Some((_, high)) if high < 0.5 => (Level::Bad, format!("Worse than {against}.")),
-            _ => (Level::Watch, format!("No clear difference to {against}.")),
+            Some([low, _]) if low > 0.5 => (Level::Good, "Better than the base."),
+            Some([_, high]) if high < 0.5 => (Level::Bad, "Worse than the base."),
+            _ => (Level::Watch, "No clear difference to the base."),
         };
-        let interval = win_rate.interval.map_or(String::new(), |(low, high)| format!(" ({})", interval([low, high])));
         let sentence = format!(
-            "Its answers win {:.1} % of {} prompts{interval}, judged by {}{}.",
-            100.0 * win_rate.estimate,
-            thousands(*prompts as usize),
+            "Its answers win {} of {prompts} prompts{}, judged by {}{}.",
+            tenths(win_rate.estimate),
+            win_rate.interval.map_or(String::new(), |both| format!(" (95 % interval {})", interval(both))),
             judge.name,
             if judge.measures.is_empty() { String::new() } else { format!(", which measures {}", judge.measures) },
         );
-        return (level, headline, sentence);
+        return (level, headline.to_owned(), sentence);
     }
     let (before, after) = run.history.before_and_after("rewards/accuracies");
-    let moved = run.margins.rewards.before.iter().flatten().all(|margin| *margin == 0.0);
     if let (Some(accuracy), Some(pairs)) = (after.filter(|_| before.is_some()), pairs(run)) {
         let both = wilson((accuracy * pairs as f64).round() as usize, pairs);
         let (level, headline) = match both {
@@ -268,9 +276,9 @@ fn evidence(run: &Run) -> (Level, String, String) {
             _ => (Level::Watch, "Whether it learned the preference is not clear."),
         };
         // the reward counts from the reference; only where that is the start is it a movement
-        let what = if moved { "it moved towards" } else { "its reward is higher for" };
+        let what = if run.history.starts_at_reference() { "it moved towards" } else { "its reward is higher for" };
         let sentence = format!(
-            "On {} of {} held-out pairs {what} the chosen answer ({}). Whether what it writes itself is better, dpo-lora \
+            "On {} of {} held-out pairs {what} the chosen answer (95 % interval {}). Whether what it writes itself is better, dpo-lora \
              win-rate tells.",
             percent(accuracy),
             thousands(pairs),
@@ -333,23 +341,18 @@ fn lower_first(text: &str) -> String {
 /// The few numbers that stand on top.
 fn tiles(run: &Run) -> Vec<Tile> {
     let mut tiles = Vec::new();
-    for WinRate { win_rate, judge, against, .. } in run.win_rates.iter().take(2) {
+    for WinRate { win_rate, judge, against, .. } in run.own_win_rates().take(2) {
         tiles.push(Tile {
             label: "Win rate",
-            value: format!("{:.1} %", 100.0 * win_rate.estimate),
+            value: tenths(win_rate.estimate),
             detail: format!(
                 "against {against}, {}{}",
-                win_rate.interval.map_or(String::new(), |(low, high)| format!(
-                    "{:.1} to {:.1}, ",
-                    100.0 * low,
-                    100.0 * high
-                )),
+                win_rate.interval.map_or(String::new(), |both| interval(both) + ", "),
                 judge.name
             ),
         });
     }
-    // a base that is its own reference has neither margin nor accuracy
-    let at_reference = run.history.before_and_after("rewards/margins").0 == Some(0.0);
+    let at_reference = run.history.starts_at_reference();
     let mut add = |metric: &str, label: &'static str, show: fn(f64) -> String| {
         if let (before, Some(after)) = run.history.before_and_after(metric) {
             let detail = match before {
@@ -368,22 +371,26 @@ fn tiles(run: &Run) -> Vec<Tile> {
     tiles
 }
 
+/// A held-out metric, what it is called, how it is written, and whether more is better, where one direction is.
+pub(super) type Row = (&'static str, &'static str, fn(f64) -> String, Option<bool>);
+
+/// The held-out metrics of the table.
+pub(super) const ROWS: [Row; 9] = [
+    ("rewards/accuracies", "Reward accuracy", percent, Some(true)),
+    ("rewards/margins", "Reward margin", number, None),
+    ("logps/accuracies", "Chosen answer is the likelier one", percent, Some(true)),
+    ("loss", "Loss", number, None),
+    ("logps/chosen", "Log-prob of the chosen answer", number, Some(true)),
+    ("logps/rejected", "Log-prob of the rejected answer", number, None),
+    ("perplexity", "Perplexity of chosen answers", number, Some(false)),
+    ("mean_token_accuracy", "Chosen tokens that are the most probable", percent, Some(true)),
+    ("kl_to_reference", "Distance from the reference, nats a token", number, None),
+];
+
 /// Name, before, after.
 fn held_out(run: &Run) -> Vec<[String; 3]> {
-    type Row = (&'static str, &'static str, fn(f64) -> String);
-    let rows: [Row; 9] = [
-        ("rewards/accuracies", "Reward accuracy", percent),
-        ("rewards/margins", "Reward margin", number),
-        ("logps/accuracies", "Chosen answer is the likelier one", percent),
-        ("loss", "Loss", number),
-        ("logps/chosen", "Log-prob of the chosen answer", number),
-        ("logps/rejected", "Log-prob of the rejected answer", number),
-        ("perplexity", "Perplexity of chosen answers", number),
-        ("mean_token_accuracy", "Chosen tokens that are the most probable", percent),
-        ("kl_to_reference", "Distance from the reference, nats a token", number),
-    ];
-    let at_reference = run.history.before_and_after("rewards/margins").0 == Some(0.0);
-    let row = |(metric, label, show): Row| match run.history.before_and_after(metric) {
+    let at_reference = run.history.starts_at_reference();
+    let row = |(metric, label, show, _): Row| match run.history.before_and_after(metric) {
         (None, None) => None,
         (before, after) => {
             // a base that is its own reference has no accuracy
@@ -392,7 +399,7 @@ fn held_out(run: &Run) -> Vec<[String; 3]> {
             Some([label.to_owned(), before, after])
         }
     };
-    rows.into_iter().filter_map(row).collect()
+    ROWS.into_iter().filter_map(row).collect()
 }
 
 /// Histograms of the pairs before and after.
@@ -464,13 +471,25 @@ impl<'r> WinRateView<'r> {
             two("Cut off at the limit", lengths.policy_truncated, lengths.against_truncated, percent),
         ];
         let (groups, left_out) = groups(&win_rate.samples);
+        let health = win_rate.win_rate.interval.filter(|_| win_rate.is_against_base()).map(|interval| {
+            let found = health::win_rate(win_rate.win_rate.estimate, interval);
+            Looked {
+                name: found.name,
+                value: tenths(found.value),
+                healthy: found.healthy,
+                verdict: found.verdict.word().to_owned(),
+                why: found.why,
+            }
+        });
         Self {
             win_rate,
+            policy: if win_rate.policy.is_empty() { "policy" } else { &win_rate.policy },
+            health,
             judge: match judge.measures.is_empty() {
                 true => judge.name.clone(),
                 false => format!("{} ({})", judge.name, judge.measures),
             },
-            estimate: format!("{:.1} %", 100.0 * win_rate.win_rate.estimate),
+            estimate: tenths(win_rate.win_rate.estimate),
             estimates: safe(&estimates(win_rate)),
             counts: safe(&counts(win_rate)),
             categories: win_rate
@@ -478,7 +497,7 @@ impl<'r> WinRateView<'r> {
                 .iter()
                 .map(|category| {
                     let error = category.standard_error.map_or(String::new(), |se| format!(" ± {:.1}", 100.0 * se));
-                    let rate = format!("{:.1}{error} %", 100.0 * category.estimate);
+                    let rate = tenths(category.estimate) + &error;
                     [category.category.clone(), category.prompts.to_string(), rate]
                 })
                 .collect(),
@@ -521,14 +540,17 @@ fn estimates(win_rate: &WinRate) -> Drawing {
         let y = 10.0 + line * (i as f64 + 0.5);
         drawing.text((left - 12.0, y + 4.0), Anchor::End, label, 12.0, Ink::Text);
         let ink = match estimate.interval {
-            Some((low, _)) if low > 0.5 => Ink::Good,
-            Some((_, high)) if high < 0.5 => Ink::Bad,
+            Some([low, _]) if low > 0.5 => Ink::Good,
+            Some([_, high]) if high < 0.5 => Ink::Bad,
             _ => Ink::Text,
         };
-        if let Some((low, high)) = estimate.interval {
+        if let Some([low, high]) = estimate.interval {
             drawing.line(vec![(x(low), y), (x(high), y)], ink, 5.0);
         }
-        let (at, note) = ((x(estimate.estimate), y), format!("{:.1} %", 100.0 * estimate.estimate));
+        if !estimate.estimate.is_finite() {
+            continue;
+        }
+        let (at, note) = ((x(estimate.estimate), y), tenths(estimate.estimate));
         drawing.items.push(Item::Circle { at, radius: 5.5, stroke: ink, fill: Ink::Ground, opacity: 1.0, note });
     }
     drawing
@@ -568,7 +590,6 @@ fn scatter(samples: &[Judged]) -> Option<Chart> {
     let mut chart =
         Chart::new("Does length decide?", "characters that the policy's answer is longer", "won (1) or lost (0)");
     chart.y.include = vec![-0.06, 1.06];
-    chart.y.scale = Scale::Linear;
     // scores have few values: points of one value are spread a little, always the same way
     let spread = |i: usize| ((i * 37 % 17) as f64 / 16.0 - 0.5) * 0.09;
     let spread_points = points.iter().enumerate().map(|(i, (x, y))| (*x, y + spread(i))).collect();
@@ -584,20 +605,13 @@ fn scatter(samples: &[Judged]) -> Option<Chart> {
     });
     if points.len() >= 30 {
         points.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let mean = |fifth: &[(f64, f64)]| {
-            let n = fifth.len() as f64;
-            (fifth.iter().map(|p| p.0).sum::<f64>() / n, fifth.iter().map(|p| p.1).sum::<f64>() / n)
+        let middle = |fifth: &[(f64, f64)]| {
+            let (x, y): (Vec<f64>, Vec<f64>) = fifth.iter().copied().unzip();
+            (mean(&x), mean(&y))
         };
-        let means: Vec<(f64, f64)> = points.chunks(points.len().div_ceil(5)).map(mean).collect();
+        let means: Vec<(f64, f64)> = points.chunks(points.len().div_ceil(5)).map(middle).collect();
         let label = "mean".to_owned();
-        chart.marks.push(Mark::Line {
-            points: means,
-            ink: Ink::Text,
-            width: 2.0,
-            opacity: 1.0,
-            dashed: false,
-            label,
-        });
+        chart.marks.push(Mark::Line { points: means, ink: Ink::Text, width: 2.0, opacity: 1.0, label });
     }
     Some(chart)
 }
@@ -627,8 +641,8 @@ fn groups(samples: &[Judged]) -> (Vec<Group<'_>>, usize) {
     (groups, left_out)
 }
 
-impl<'r> EvalView<'r> {
-    fn new(eval: &'r EvalFile) -> Self {
+impl EvalView {
+    fn new(eval: &EvalFile) -> Self {
         let mut facts = Vec::new();
         if eval.pairs > 0 {
             facts.push(["Pairs".to_owned(), thousands(eval.pairs as usize)]);
@@ -655,31 +669,38 @@ impl<'r> EvalView<'r> {
                 file.mcnemar.map_or("—".into(), number),
             ]
         });
-        Self { facts, checks: &eval.checks, choices: choices.collect() }
+        let looked = |check: &EvalCheck| Looked {
+            name: check.name.clone(),
+            value: check.value.map_or("—".into(), number),
+            healthy: check.healthy.clone(),
+            verdict: check.verdict.clone(),
+            why: check.why.clone(),
+        };
+        Self { facts, checks: eval.checks.iter().map(looked).collect(), choices: choices.collect() }
     }
 }
 
 /// Label, training, held out.
 fn data(summary: &Value) -> Vec<[String; 3]> {
-    let sides = ["data.train", "data.eval"];
-    if sides.iter().all(|side| at(summary, side).is_none()) {
+    let sides = ["/data/train", "/data/eval"];
+    if sides.iter().all(|side| summary.pointer(side).is_none()) {
         return Vec::new();
     }
     let mut rows: Vec<[String; 3]> = Vec::new();
     let mut add = |label: &str, of: &dyn Fn(&Value) -> Option<String>| {
-        let values = sides.map(|side| at(summary, side).and_then(of));
+        let values = sides.map(|side| summary.pointer(side).and_then(of));
         if values.iter().any(Option::is_some) {
             let [train, eval] = values.map(|value| value.unwrap_or_else(|| "—".into()));
             rows.push([label.to_owned(), train, eval]);
         }
     };
     let count = |path: &'static str| move |side: &Value| count_at(side, path).map(thousands);
-    let tokens = |path: &'static str| move |side: &Value| at(side, path)?.as_f64().map(number);
-    add("Files", &count("facts.files"));
-    add("Rows", &count("facts.rows"));
-    add("Examples", &count("facts.examples"));
+    let tokens = |path: &'static str| move |side: &Value| side.pointer(path)?.as_f64().map(number);
+    add("Files", &count("/facts/files"));
+    add("Rows", &count("/facts/rows"));
+    add("Examples", &count("/facts/examples"));
     add("Left out", &|side| {
-        let dropped = at(side, "dropped")?.as_object()?;
+        let dropped = side.get("dropped")?.as_object()?;
         let reasons: Vec<String> = dropped
             .iter()
             .map(|(reason, n)| {
@@ -688,12 +709,12 @@ fn data(summary: &Value) -> Vec<[String; 3]> {
             .collect();
         Some(if reasons.is_empty() { "none".to_owned() } else { reasons.join(", ") })
     });
-    add("Cut at the longest length", &count("facts.truncated"));
-    add("Prompt tokens, mean", &tokens("facts.mean_prompt"));
-    add("Completion tokens, mean", &tokens("facts.mean_completion"));
-    add("Longest example, tokens", &count("facts.longest"));
+    add("Cut at the longest length", &count("/facts/truncated"));
+    add("Prompt tokens, mean", &tokens("/facts/mean_prompt"));
+    add("Completion tokens, mean", &tokens("/facts/mean_completion"));
+    add("Longest example, tokens", &count("/facts/longest"));
     add("Row shape", &|side| {
-        let shapes = at(side, "facts.shapes")?.as_array()?;
+        let shapes = side.pointer("/facts/shapes")?.as_array()?;
         Some(shapes.iter().filter_map(Value::as_str).collect::<Vec<_>>().join("; "))
     });
     rows
@@ -703,34 +724,34 @@ fn data(summary: &Value) -> Vec<[String; 3]> {
 fn about(run: &Run) -> Vec<[String; 2]> {
     let summary = &run.summary;
     let size = |path: &str| count_at(summary, path).map(bytes::shown);
-    let memory = size("peak_memory_bytes").map(|peak| match size("expected_memory_bytes") {
+    let memory = size("/peak_memory_bytes").map(|peak| match size("/expected_memory_bytes") {
         Some(expected) => format!("{peak} at most, {expected} expected"),
         None => peak,
     });
-    let parameters = count_at(summary, "parameters.base").map(|base| {
-        let trainable = count_at(summary, "parameters.trainable").unwrap_or(0);
-        let share = 100.0 * trainable as f64 / base.max(1) as f64;
-        format!("{}, {} trainable ({share:.1} %)", thousands(base), thousands(trainable))
+    let parameters = count_at(summary, "/parameters/base").map(|base| {
+        let trainable = count_at(summary, "/parameters/trainable").unwrap_or(0);
+        let share = tenths(trainable as f64 / base.max(1) as f64);
+        format!("{}, {} trainable ({share})", thousands(base), thousands(trainable))
     });
-    let speed = count_at(summary, "num_tokens").zip(at(summary, "seconds").and_then(Value::as_f64));
+    let speed = count_at(summary, "/num_tokens").zip(summary.get("seconds").and_then(Value::as_f64));
     let rows = [
-        ("Base", text_at(summary, "model")),
+        ("Base", text_at(summary, "/model")),
         ("Parameters", parameters),
-        ("Time", at(summary, "seconds").and_then(Value::as_f64).map(duration)),
-        ("Ended", text_at(summary, "ended")),
+        ("Time", summary.get("seconds").and_then(Value::as_f64).map(duration)),
+        ("Ended", text_at(summary, "/ended")),
         ("Training tokens", speed.map(|(tokens, _)| thousands(tokens))),
         ("Memory", memory),
-        ("Processor", text_at(summary, "environment.cpu")),
-        ("Threads", count_at(summary, "environment.threads").map(thousands)),
-        ("Machine's memory", size("environment.memory_bytes")),
-        ("System", text_at(summary, "environment.system")),
-        ("dpo-lora", text_at(summary, "version")),
+        ("Processor", text_at(summary, "/environment/cpu")),
+        ("Threads", count_at(summary, "/environment/threads").map(thousands)),
+        ("Machine's memory", size("/environment/memory_bytes")),
+        ("System", text_at(summary, "/environment/system")),
+        ("dpo-lora", text_at(summary, "/version")),
     ];
     rows.into_iter().filter_map(|(label, value)| Some([label.to_owned(), value?])).collect()
 }
 
 fn hashes(summary: &Value) -> Vec<[String; 2]> {
-    let hashes = at(summary, "hashes").and_then(Value::as_object);
+    let hashes = summary.get("hashes").and_then(Value::as_object);
     let known =
         hashes.into_iter().flatten().filter_map(|(name, hash)| Some([name.clone(), hash.as_str()?.to_owned()]));
     known.collect()
@@ -739,7 +760,7 @@ fn hashes(summary: &Value) -> Vec<[String; 2]> {
 #[cfg(test)]
 mod tests {
     use super::super::checks::tests::run;
-    use super::super::run::{Category, Choices, Divergence, Estimate, EvalCheck, Judge, Lengths, Orders, Verdict};
+    use super::super::run::{Category, Choices, Divergence, Estimate, Judge, Lengths, Orders, Verdict};
     use super::*;
 
     const EVIL: &str = "</pre></style><script>alert('x')</script><img src=x onerror=\"y\">{{ 7 * 7 }}";
@@ -755,7 +776,7 @@ mod tests {
         }
     }
 
-    fn win_rate(estimate: f64, interval: (f64, f64)) -> WinRate {
+    fn win_rate(estimate: f64, interval: [f64; 2]) -> WinRate {
         WinRate {
             folder: "base-by-judge".into(),
             headline: EVIL.into(),
@@ -766,8 +787,8 @@ mod tests {
             ties: 20,
             losses: 100,
             invalid: 3,
-            win_rate: Estimate { estimate, interval: Some(interval), method: String::new() },
-            length_controlled: Some(Estimate { estimate: 0.5, interval: None, method: String::new() }),
+            win_rate: Estimate { estimate, interval: Some(interval) },
+            length_controlled: Some(Estimate { estimate: 0.5, interval: None }),
             orders: Some(Orders {
                 table: vec![vec![41.0, 6.0, 3.0], vec![8.0, 30.0, 2.0], vec![3.0, 2.0, 5.0]],
                 agreement: Some(0.76),
@@ -793,7 +814,7 @@ mod tests {
         run.recipe_text = EVIL.into();
         run.samples[0].prompt = EVIL.into();
         run.unreadable = vec![EVIL.into()];
-        run.win_rates = vec![win_rate(0.62, (0.57, 0.67))];
+        run.win_rates = vec![win_rate(0.62, [0.57, 0.67])];
         run.margins.logps.before = vec![Some(-1.0), None, Some(0.5)];
         run.margins.logps.after = vec![Some(1.0), None, Some(2.5)];
         run.margins.rewards.after = vec![Some(0.5), None, Some(0.25)];
@@ -836,6 +857,31 @@ mod tests {
     }
 
     #[test]
+    fn a_win_rate_names_its_policy_and_what_is_usual() {
+        let mut run = run(|_, _, value| value);
+        run.win_rates = vec![WinRate { policy: "step-000050".into(), ..win_rate(0.62, [0.57, 0.67]) }];
+        let html = render(&run).expect("rendered");
+        for text in ["Win rate of step-000050 against base", "57.0 to 67.0 %", "Healthy: 55 to 65 %", "<b>good</b>"] {
+            assert!(html.contains(text), "{text}");
+        }
+        run.win_rates[0].against = "other".into();
+        assert!(!render(&run).expect("rendered").contains("Healthy: 55"), "that is usual over the base");
+    }
+
+    #[test]
+    fn a_win_rate_without_a_verdict_is_no_verdict() {
+        let mut run = run(|_, _, value| value);
+        run.win_rates = vec![win_rate(f64::NAN, [0.0, 0.0])];
+        run.win_rates[0].win_rate.interval = None;
+        let html = render(&run).expect("rendered");
+        assert!(html.contains("<strong>No verdict.</strong>") && html.contains("— of 300 prompts"), "{html}");
+        assert!(!html.contains("NaN"));
+        // another judge's verdict is one
+        run.win_rates.push(WinRate { judge: Judge::default(), ..win_rate(0.62, [0.57, 0.67]) });
+        assert!(render(&run).expect("rendered").contains("<strong>Better than the base.</strong>"));
+    }
+
+    #[test]
     fn equal_runs_have_equal_reports() {
         assert_eq!(render(&full()).expect("rendered"), render(&full()).expect("rendered"));
     }
@@ -851,13 +897,24 @@ mod tests {
         assert_eq!(verdict(&run), (Level::Good, "It learned the preference.".into()), "75 % of 200");
         run.summary["data"]["eval"]["facts"]["examples"] = 8.into();
         assert_eq!(verdict(&run), (Level::Watch, "Whether it learned the preference is not clear.".into()), "6 of 8");
-        run.win_rates = vec![win_rate(0.62, (0.57, 0.67))];
+        run.win_rates = vec![win_rate(0.62, [0.57, 0.67])];
         assert_eq!(verdict(&run), (Level::Good, "Better than the base.".into()));
-        run.win_rates = vec![win_rate(0.42, (0.37, 0.47))];
+        run.win_rates = vec![win_rate(0.42, [0.37, 0.47])];
         assert_eq!(verdict(&run), (Level::Bad, "Worse than the base.".into()));
-        run.win_rates = vec![win_rate(0.52, (0.47, 0.57))];
+        run.win_rates = vec![win_rate(0.52, [0.47, 0.57])];
         run.state = State::Running;
         assert_eq!(verdict(&run), (Level::Watch, "So far: no clear difference to the base.".into()));
+        // neither a checkpoint's nor one against another adapter is the run's
+        let other =
+            WinRate { folder: "sibling-by-judge".into(), against: "sibling".into(), ..win_rate(0.1, [0.05, 0.2]) };
+        let checkpoint = WinRate { folder: "step-000050-vs-base-by-judge".into(), ..win_rate(0.9, [0.8, 0.95]) };
+        run.win_rates.extend([checkpoint, other]);
+        assert_eq!(verdict(&run), (Level::Watch, "So far: no clear difference to the base.".into()));
+        let details = || tiles(&run).into_iter().filter(|tile| tile.label == "Win rate").map(|tile| tile.detail);
+        let details: Vec<String> = details().collect();
+        assert_eq!(details, ["against base, 47.0 to 57.0 %, a judge", "against sibling, 5.0 to 20.0 %, a judge"]);
+        run.win_rates.remove(0);
+        assert_eq!(verdict(&run), (Level::Watch, "So far: whether it learned the preference is not clear.".into()));
         run.win_rates.clear();
         run.history = Default::default();
         assert_eq!(verdict(&run), (Level::Watch, "So far: nothing was held out.".into()));

@@ -2,7 +2,7 @@
 
 use miette::Diagnostic;
 use thiserror::Error;
-use tiny_skia::{Color, FillRule, LineCap, LineJoin, Paint, Path, PathBuilder, Pixmap, StrokeDash, Transform};
+use tiny_skia::{Color, FillRule, LineCap, LineJoin, Paint, Path, PathBuilder, Pixmap, Transform};
 
 use super::drawing::{Anchor, Drawing, Ink, Item};
 use super::font;
@@ -46,12 +46,11 @@ fn paint(ink: Ink, opacity: f64) -> Paint<'static> {
     paint
 }
 
-fn stroke(width: f64, dashed: bool) -> tiny_skia::Stroke {
+fn stroke(width: f64) -> tiny_skia::Stroke {
     tiny_skia::Stroke {
         width: width as f32,
         line_cap: LineCap::Round,
         line_join: LineJoin::Round,
-        dash: if dashed { StrokeDash::new(vec![4.0, 4.0], 0.0) } else { None },
         ..tiny_skia::Stroke::default()
     }
 }
@@ -59,20 +58,20 @@ fn stroke(width: f64, dashed: bool) -> tiny_skia::Stroke {
 fn draw(item: &Item, pixmap: &mut Pixmap) {
     let scale = Transform::from_scale(SCALE, SCALE);
     match item {
-        Item::Path { points, stroke: line, fill, opacity, dashed } => {
+        Item::Path { points, stroke: line, fill, opacity } => {
             let Some(path) = polygon(points, fill.is_some()) else { return };
             if let Some(ink) = fill {
                 pixmap.fill_path(&path, &paint(*ink, *opacity), FillRule::Winding, scale, None);
             }
             if let Some((ink, width)) = line {
-                pixmap.stroke_path(&path, &paint(*ink, *opacity), &stroke(*width, *dashed), scale, None);
+                pixmap.stroke_path(&path, &paint(*ink, *opacity), &stroke(*width), scale, None);
             }
         }
         Item::Circle { at, radius, stroke: line, fill, opacity, .. } => {
             let circle = PathBuilder::from_circle(at.0 as f32, at.1 as f32, *radius as f32);
             let Some(circle) = circle else { return };
             pixmap.fill_path(&circle, &paint(*fill, *opacity), FillRule::Winding, scale, None);
-            pixmap.stroke_path(&circle, &paint(*line, *opacity), &stroke(1.75, false), scale, None);
+            pixmap.stroke_path(&circle, &paint(*line, *opacity), &stroke(1.75), scale, None);
         }
         Item::Text { at, anchor, text, size, ink, bold } => {
             let shift = match anchor {
@@ -82,7 +81,7 @@ fn draw(item: &Item, pixmap: &mut Pixmap) {
             };
             let Some(path) = letters(text, *size, (at.0 - shift, at.1)) else { return };
             let width = size * if *bold { 0.125 } else { 0.085 };
-            pixmap.stroke_path(&path, &paint(*ink, 1.0), &stroke(width, false), scale, None);
+            pixmap.stroke_path(&path, &paint(*ink, 1.0), &stroke(width), scale, None);
         }
     }
 }

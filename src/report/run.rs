@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
 use super::history::History;
@@ -11,8 +11,6 @@ use crate::files::{self, WriteError};
 use crate::recipe::{self, Recipe};
 use crate::run_folder::RunFolder;
 use crate::train::PairMargin;
-
-const MARGINS: &str = "margins.json";
 
 /// How far a run is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,7 +50,7 @@ pub struct Run {
     pub unreadable: Vec<String>,
 }
 
-/// Answers to one held-out prompt.
+/// Answers to one held-out prompt: a line of `samples.jsonl`.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Sample {
     /// The prompt.
@@ -61,6 +59,12 @@ pub struct Sample {
     pub base: String,
     /// The policy's.
     pub policy: String,
+    /// The data's, if it has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chosen: Option<String>,
+    /// The data's, if it has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rejected: Option<String>,
 }
 
 /// `margins.json`: of every held-out pair, how far the chosen answer is above the rejected one.
@@ -91,7 +95,7 @@ impl Margins {
     /// Those of a run that goes on; empty where there are none.
     #[must_use]
     pub fn read(run: &RunFolder) -> Self {
-        read_json(run.path(), MARGINS, &mut Vec::new()).unwrap_or_default()
+        read_json(run, &run.margins(), &mut Vec::new()).unwrap_or_default()
     }
 
     /// Takes what was measured after update `step`. Single precision is more than a plot shows.
@@ -147,10 +151,6 @@ pub struct WinRate {
     pub invalid: u64,
     /// The share that was won, ties counted half.
     pub win_rate: Estimate,
-    /// What it would be if all without a verdict were lost, and won.
-    pub bounds: Option<(f64, f64)>,
-    /// Chance of a result so far from even if both were equally good.
-    pub sign_test: Option<f64>,
     /// The same at equal lengths.
     pub length_controlled: Option<Estimate>,
     /// How the judge answers when the two change places.
@@ -181,12 +181,43 @@ pub struct Judge {
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Estimate {
-    /// From 0 to 1.
+    /// From 0 to 1; NaN where nothing has a verdict, which the file has as null.
+    #[serde(deserialize_with = "null_is_nan")]
     pub estimate: f64,
     /// Where it is with 95 % confidence.
-    pub interval: Option<(f64, f64)>,
-    /// How the interval was made.
-    pub method: String,
+    #[serde(deserialize_with = "nulls_are_none")]
+    pub interval: Option<[f64; 2]>,
+}
+
+fn null_is_nan<'d, D: Deserializer<'d>>(from: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(from)?.unwrap_or(f64::NAN))
+}
+
+fn nulls_are_none<'d, D: Deserializer<'d>>(from: D) -> Result<Option<[f64; 2]>, D::Error> {
+    let ends: Option<[Option<f64>; 2]> = Option::deserialize(from)?;
+    Ok(ends.and_then(|[low, high]| Some([low?, high?])))
+}
+
+impl WinRate {
+    /// Whether the policy is the run as it ended, alone: what a checkpoint wins, or the run's adapter with another one,
+    /// says nothing about it.
+    #[must_use]
+    pub fn is_of_run(&self) -> bool {
+        let of_checkpoint = self.folder.starts_with("step-") && self.folder.contains("-vs-");
+        !of_checkpoint && !self.policy.contains(" + ")
+    }
+
+    /// Whether it says how the policy is against the base.
+    #[must_use]
+    pub fn is_against_base(&self) -> bool {
+        self.against.is_empty() || self.against == "base"
+    }
+
+    /// Whether at least one prompt has a verdict.
+    #[must_use]
+    pub fn is_known(&self) -> bool {
+        self.win_rate.estimate.is_finite()
+    }
 }
 
 /// Verdicts of one order against those of the other.
@@ -221,8 +252,6 @@ pub struct Lengths {
     pub policy_truncated: Option<f64>,
     /// Share that was cut off.
     pub against_truncated: Option<f64>,
-    /// Share of verdicts for the longer answer.
-    pub prefers_longer: Option<f64>,
 }
 
 /// A category of prompts.
@@ -234,6 +263,7 @@ pub struct Category {
     /// How many prompts.
     pub prompts: u64,
     /// Their win rate.
+    #[serde(deserialize_with = "null_is_nan")]
     pub estimate: f64,
     /// Its standard error.
     pub standard_error: Option<f64>,
@@ -341,7 +371,7 @@ impl Run {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let mut unreadable = Vec::new();
         let recipe_text = fs::read_to_string(folder.resolved_recipe()).unwrap_or_default();
-        let summary: Value = read_json(&path, "summary.json", &mut unreadable).unwrap_or_default();
+        let summary: Value = read_json(folder, &folder.summary(), &mut unreadable).unwrap_or_default();
         let state = match (running, summary.is_object()) {
             (true, _) => State::Running,
             (false, true) => State::Finished,
@@ -356,11 +386,19 @@ impl Run {
             recipe_text,
             summary,
             samples: samples.lines().filter_map(|line| serde_json::from_str(line).ok()).collect(),
-            margins: read_json(&path, MARGINS, &mut unreadable).unwrap_or_default(),
-            win_rates: win_rates(&path, &mut unreadable),
-            eval: read_json(&path, "eval.json", &mut unreadable),
+            margins: read_json(folder, &folder.margins(), &mut unreadable).unwrap_or_default(),
+            win_rates: win_rates(folder, &mut unreadable),
+            eval: read_json(folder, &folder.eval(), &mut unreadable),
             unreadable,
         }
+    }
+
+    /// What the run itself wins, those against the base first.
+    pub fn own_win_rates(&self) -> impl Iterator<Item = &WinRate> {
+        let of = |base: bool| {
+            self.win_rates.iter().filter(move |found| found.is_of_run() && found.is_against_base() == base)
+        };
+        of(true).chain(of(false))
     }
 
     /// How many updates it will have.
@@ -373,13 +411,14 @@ impl Run {
 }
 
 /// Of every judge, in the order of the folders' names.
-fn win_rates(run: &Path, unreadable: &mut Vec<String>) -> Vec<WinRate> {
-    let entries = fs::read_dir(run.join("win-rate")).into_iter().flatten().flatten();
+fn win_rates(run: &RunFolder, unreadable: &mut Vec<String>) -> Vec<WinRate> {
+    let entries = fs::read_dir(run.win_rates()).into_iter().flatten().flatten();
     let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
     names.sort_unstable();
     let mut found = Vec::new();
     for folder in names {
-        if let Some(win_rate) = read_json(run, &format!("win-rate/{folder}/win_rate.json"), unreadable) {
+        let file = run.win_rates().join(&folder).join("win_rate.json");
+        if let Some(win_rate) = read_json(run, &file, unreadable) {
             found.push(WinRate { folder, ..win_rate });
         }
     }
@@ -387,12 +426,14 @@ fn win_rates(run: &Path, unreadable: &mut Vec<String>) -> Vec<WinRate> {
 }
 
 /// A file of the run, if it is there and can be read.
-fn read_json<T: for<'d> Deserialize<'d>>(run: &Path, name: &str, unreadable: &mut Vec<String>) -> Option<T> {
-    let text = fs::read_to_string(run.join(name)).ok()?;
+fn read_json<T: for<'d> Deserialize<'d>>(run: &RunFolder, file: &Path, unreadable: &mut Vec<String>) -> Option<T> {
+    let text = fs::read_to_string(file).ok()?;
     match serde_json::from_str(&text) {
         Ok(value) => Some(value),
         Err(error) => {
-            unreadable.push(format!("{name}: {error}"));
+            // the page may go anywhere, and does not tell where the run was
+            let name = file.strip_prefix(run.path()).unwrap_or(file);
+            unreadable.push(format!("{}: {error}", name.display()));
             None
         }
     }
@@ -417,6 +458,16 @@ mod tests {
         assert_eq!(margins.rewards.after, [Some(0.1), None]);
         margins.put(24, &[Some(PairMargin { reward: None, logp: 1.0 })]);
         assert!(margins.rewards.after.is_empty(), "a loss without rewards has none");
+    }
+
+    #[test]
+    fn a_win_rate_without_a_verdict_is_read() {
+        let text = "{\"win_rate\": {\"estimate\": null, \"interval\": [null, null]}, \"prompts\": 5, \"invalid\": 5}";
+        let found: WinRate = serde_json::from_str(text).expect("read");
+        assert!(!found.is_known() && found.win_rate.interval.is_none() && found.invalid == 5);
+        let text = "{\"win_rate\": {\"estimate\": 0.75, \"interval\": [0.5, 1.0]}}";
+        let found: WinRate = serde_json::from_str(text).expect("read");
+        assert_eq!((found.win_rate.estimate, found.win_rate.interval), (0.75, Some([0.5, 1.0])));
     }
 
     #[test]

@@ -87,7 +87,18 @@ pub(super) fn percent(share: f64) -> String {
     with_minus(format!("{hundred:.digits$} %"))
 }
 
-fn trimmed(value: f64, decimals: usize) -> String {
+/// A share as a percentage to a tenth, as win rates are written.
+pub(super) fn tenths(share: f64) -> String {
+    if share.is_finite() { format!("{:.1} %", 100.0 * share) } else { "—".into() }
+}
+
+/// Where a share is, to a tenth.
+pub(super) fn interval([low, high]: [f64; 2]) -> String {
+    format!("{:.1} to {:.1} %", 100.0 * low, 100.0 * high)
+}
+
+/// At most so many decimals, without zeros at their end.
+pub(crate) fn trimmed(value: f64, decimals: usize) -> String {
     let text = format!("{value:.decimals$}");
     if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }
 }

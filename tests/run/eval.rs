@@ -98,6 +98,62 @@ fn a_run_is_evaluated_with_the_numbers_it_ended_with() {
     let printed: Value = serde_json::from_slice(&output.stdout).expect("stdout is JSON");
     assert_eq!(printed, eval);
     assert_eq!(read(&place, "out/eval.json"), eval);
+
+    // the report shows what was found, by its own names
+    let judged = place.run(&["win-rate", "out", "--judge", "readability", "--max-new-tokens", "6", "--allow-leak"]);
+    assert!(judged.status.success(), "{}", stderr(&judged));
+    let output = place.run(&["report", "out"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let html = place.read("out/report.html");
+    let win_rate = read(&place, "out/win-rate/base-by-readability/win_rate.json");
+    let [low, high] = numbers(&win_rate["win_rate"]["interval"])[..] else { panic!("{win_rate}") };
+    let headline = match () {
+        () if low > 0.5 => "Better than the base.",
+        () if high < 0.5 => "Worse than the base.",
+        () => "No clear difference to the base.",
+    };
+    let rate = format!("{:.1} %", 100.0 * number(&win_rate["win_rate"]["estimate"]));
+    let checked = |name: &str| {
+        let check = checks.iter().find(|check| check["name"] == name).expect("the check");
+        format!("<h3>{name}: {}</h3>", written(number(&check["value"])))
+    };
+    for text in [
+        format!("<strong>{headline}</strong>"),
+        format!("<h3>{rate} of {} prompts</h3>", win_rate["prompts"]),
+        format!("<div class=\"value\">{rate}</div>"),
+        "<h2>Win rate of out against base</h2>".to_owned(),
+        checked("reward accuracy"),
+        checked("KL from the base, nats an answer"),
+    ] {
+        assert!(html.contains(&text), "{text}");
+    }
+    assert!(!html.contains("could not be read"));
+}
+
+/// A number as the report writes one of that size.
+fn written(value: f64) -> String {
+    match value.abs() {
+        0.0 => "0".to_owned(),
+        size if size >= 100.0 => format!("{value:.0}"),
+        size if size >= 10.0 => format!("{value:.1}"),
+        size if size >= 1.0 => format!("{value:.2}"),
+        _ => format!("{value:.3}"),
+    }
+}
+
+/// Nor is any other name of a file a reason to lose what was computed.
+#[cfg(target_os = "linux")]
+#[test]
+fn questions_may_lie_in_a_file_of_any_name() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+    let place = Place::new();
+    place.train("out", &["--set", "train.steps=1", "--set", "train.warmup=0"]);
+    let name = OsStr::from_bytes(b"questions-\xff.jsonl");
+    std::fs::write(place.path("").join(name), questions()).expect("written");
+    let output = place.command(&["eval", "out", "--kl-prompts", "0", "--choices"]).arg(name).output().expect("ran");
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(read(&place, "out/eval.json")["choices"][0]["file"], json!("questions-\u{fffd}.jsonl"));
 }
 
 #[test]
@@ -115,6 +171,7 @@ fn bounds_decide_the_exit_code_and_what_cannot_be_held_to_one_is_refused() {
         ("kl=10", "--kl-prompts above 0"),
         ("choices=0.5", "--choices FILE"),
         ("accuracy", "NAME=VALUE"),
+        ("nll_loss=1", "ORPO's loss alone"),
     ] {
         let output = eval(&["--fail-under", bound]);
         assert_eq!(output.status.code(), Some(2), "{bound}");
@@ -233,6 +290,14 @@ fn an_sft_run_and_a_kto_run_are_evaluated_too() {
                 (now - then).abs() <= 1e-5 * then.abs().max(1.0),
                 "{loss} {name}: {now}, and {then} when the run ended"
             );
+        }
+        // what the loss does not measure is refused; the rest is held to its bound
+        let measures =
+            [("rewards/margins=-100", loss != "sft"), ("nll_loss=0", loss == "orpo"), ("margin=-100", true)];
+        for (bound, measured) in measures {
+            let output = place.run(&["eval", "out", "--kl-prompts", "0", "--fail-under", bound]);
+            assert_eq!(output.status.code(), Some(if measured { 0 } else { 2 }), "{loss} {bound}");
+            assert!(measured || stderr(&output).contains("loss"), "{}", stderr(&output));
         }
     }
 }

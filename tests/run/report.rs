@@ -219,6 +219,12 @@ fn runs_are_compared_and_curves_drawn() {
         assert!(place.run(&["plot", "losses", "--out", name]).status.success());
         assert!(fs::read(place.path(name)).expect("there").starts_with(begins), "{name}");
     }
+    // a held-out metric is drawn as its help says, beside the training one
+    for name in ["loss", "eval_loss"] {
+        let output = place.run(&["plot", "a", "--curve", name, "--out", &format!("{name}.svg")]);
+        assert!(output.status.success(), "{}", stderr(&output));
+    }
+    assert_eq!(place.read("loss.svg"), place.read("eval_loss.svg"));
     let svg = place.read("m.svg");
     assert!(svg.contains("IPO") && svg.contains("Bradley-Terry") && !svg.contains("var("));
 

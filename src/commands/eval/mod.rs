@@ -20,6 +20,7 @@ use crate::loss::{Dpo, Loss};
 use crate::model::generate::End;
 use crate::model::{Adapter, Model};
 use crate::progress::{Bar, Console};
+use crate::run_folder::RunFolder;
 use crate::statistics::{Bootstrap, mean};
 use crate::suggest::did_you_mean;
 use crate::train::{Evaluation, TrainError};
@@ -65,7 +66,7 @@ pub fn eval(arguments: &cli::Eval) -> Result<(), Failure> {
     if data.is_none() && arguments.choices.is_empty() {
         return Err(request(EvalError::Nothing));
     }
-    check_names(arguments, data.as_ref())?;
+    check_names(arguments, data.as_ref(), &loss)?;
     if data.is_none() {
         console.warning("no held-out pairs are known, so only the questions are evaluated; --data FILE names some");
     }
@@ -144,9 +145,9 @@ fn finish(arguments: &cli::Eval, trained: &Trained, report: &Report, console: &C
 /// not the run's.
 fn out(arguments: &cli::Eval, trained: &Trained) -> Option<PathBuf> {
     let ended = || {
-        let run = trained.run.as_ref()?;
+        let run = RunFolder::open(trained.run.as_ref()?).ok()?;
         let alone = arguments.trained.adapters.len() == 1 && arguments.trained.weights.is_empty();
-        (alone && trained.folder == run.join("adapter")).then(|| run.join("eval.json"))
+        (alone && trained.folder == run.adapter()).then(|| run.eval())
     };
     arguments.out.clone().or_else(ended)
 }
@@ -160,7 +161,7 @@ fn source_names(trained: &Trained, arguments: &cli::Eval) -> Vec<String> {
 }
 
 /// Refuses a bound on what will not be there, before anything is computed.
-fn check_names(arguments: &cli::Eval, data: Option<&Dataset>) -> Result<(), Failure> {
+fn check_names(arguments: &cli::Eval, data: Option<&Dataset>, loss: &Loss) -> Result<(), Failure> {
     for (option, bounds) in [("--fail-under", &arguments.fail_under), ("--fail-over", &arguments.fail_over)] {
         for Bound { name, .. } in bounds {
             let needs = report::needs(name).ok_or_else(|| {
@@ -171,7 +172,18 @@ fn check_names(arguments: &cli::Eval, data: Option<&Dataset>) -> Result<(), Fail
                 request(EvalError::UnknownName { option, name: name.clone(), help })
             })?;
             let missing = match needs {
-                report::Needs::Pairs if data.is_none() => "it needs held-out pairs: --data FILE",
+                report::Needs::Pairs | report::Needs::Both | report::Needs::Rewards | report::Needs::Orpo
+                    if data.is_none() =>
+                {
+                    "it needs held-out pairs: --data FILE"
+                }
+                report::Needs::Both if !data.is_some_and(has_pairs) => {
+                    "it needs pairs, and no held-out row has both answers: --data FILE"
+                }
+                report::Needs::Rewards if loss.beta().is_none() => {
+                    "the run's loss has no rewards; accuracy and margin are those of DPO with its default beta"
+                }
+                report::Needs::Orpo if !matches!(loss, Loss::Orpo(_)) => "it is a part of ORPO's loss alone",
                 report::Needs::Answers if data.is_none() => {
                     "it needs held-out pairs, whose prompts are answered: --data FILE"
                 }
@@ -185,6 +197,10 @@ fn check_names(arguments: &cli::Eval, data: Option<&Dataset>) -> Result<(), Fail
         }
     }
     Ok(())
+}
+
+fn has_pairs(data: &Dataset) -> bool {
+    (0..data.len()).map(|index| data.get(index)).any(|row| row.chosen.is_some() && row.rejected.is_some())
 }
 
 fn questions(

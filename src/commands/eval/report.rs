@@ -10,6 +10,7 @@ use crate::data::{Drops, Facts};
 use crate::eval::{AnswerSide, Answers, Check, ChoiceResult, Distance, Histogram, Pairs, health};
 use crate::loss::Loss;
 use crate::progress::thousands;
+use crate::report::ticks::trimmed;
 use crate::statistics::Estimate;
 
 /// Bins of the histogram, about.
@@ -65,17 +66,24 @@ pub(super) struct Chosen {
 /// What a value can only be had with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Needs {
+    /// Held-out examples.
     Pairs,
+    /// Both answers to a prompt.
+    Both,
+    /// Held-out examples, and a loss that has rewards.
+    Rewards,
+    /// Held-out examples, and ORPO's loss, whose terms they are.
+    Orpo,
     Answers,
     Choices,
 }
 
 /// Names of values that may be held to a bound, besides the metrics'.
 const NAMES: [(&str, Needs); 12] = [
-    ("accuracy", Needs::Pairs),
-    ("margin", Needs::Pairs),
-    ("prefers-chosen", Needs::Pairs),
-    ("chosen-change", Needs::Pairs),
+    ("accuracy", Needs::Both),
+    ("margin", Needs::Both),
+    ("prefers-chosen", Needs::Both),
+    ("chosen-change", Needs::Both),
     ("kl", Needs::Answers),
     ("kl-per-token", Needs::Answers),
     ("length", Needs::Answers),
@@ -87,35 +95,34 @@ const NAMES: [(&str, Needs); 12] = [
 ];
 
 /// Metrics of the policy that may be held to a bound, by their own name.
-const METRICS: [&str; 18] = [
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-    "logps/accuracies",
-    "logits/chosen",
-    "logits/rejected",
-    "entropy",
-    "mean_token_accuracy",
-    "nll_loss",
-    "log_odds_ratio",
-    "log_odds_chosen",
-    "kl_to_reference",
-    "perplexity",
-    "perplexity/chosen",
-    "perplexity/rejected",
+const METRICS: [(&str, Needs); 18] = [
+    ("rewards/chosen", Needs::Rewards),
+    ("rewards/rejected", Needs::Rewards),
+    ("rewards/accuracies", Needs::Rewards),
+    ("rewards/margins", Needs::Rewards),
+    ("logps/chosen", Needs::Pairs),
+    ("logps/rejected", Needs::Pairs),
+    ("logps/accuracies", Needs::Both),
+    ("logits/chosen", Needs::Pairs),
+    ("logits/rejected", Needs::Pairs),
+    ("entropy", Needs::Pairs),
+    ("mean_token_accuracy", Needs::Pairs),
+    ("nll_loss", Needs::Orpo),
+    ("log_odds_ratio", Needs::Orpo),
+    ("log_odds_chosen", Needs::Orpo),
+    ("kl_to_reference", Needs::Pairs),
+    ("perplexity", Needs::Pairs),
+    ("perplexity/chosen", Needs::Both),
+    ("perplexity/rejected", Needs::Both),
 ];
 
 pub(super) fn names() -> impl Iterator<Item = &'static str> {
-    NAMES.into_iter().map(|(name, _)| name).chain(METRICS)
+    NAMES.into_iter().chain(METRICS).map(|(name, _)| name)
 }
 
 /// What the value of that name needs; none where there is no such value.
 pub(super) fn needs(name: &str) -> Option<Needs> {
-    let own = NAMES.into_iter().find(|(known, _)| *known == name).map(|(_, needs)| needs);
-    own.or_else(|| METRICS.contains(&name).then_some(Needs::Pairs))
+    NAMES.into_iter().chain(METRICS).find(|(known, _)| *known == name).map(|(_, needs)| needs)
 }
 
 impl Report {
@@ -215,7 +222,7 @@ impl Report {
         let choices = self.choices.iter().map(|(file, result)| {
             let mut object = json!(result);
             if let Some(object) = object.as_object_mut() {
-                object.shift_insert(0, "file".into(), json!(file));
+                object.shift_insert(0, "file".into(), json!(file.display().to_string()));
             }
             object
         });
@@ -436,14 +443,15 @@ fn histogram_text(text: &mut String, Histogram { edges, base, policy }: &Histogr
     for (i, (base, policy)) in base.iter().zip(policy).enumerate() {
         line(
             text,
-            format_args!("{:>8} to {:<10}{}   {}", short(edges[i]), short(edges[i + 1]), bar(*base), bar(*policy)),
+            format_args!(
+                "{:>8} to {:<10}{}   {}",
+                trimmed(edges[i], 3),
+                trimmed(edges[i + 1], 3),
+                bar(*base),
+                bar(*policy)
+            ),
         );
     }
-}
-
-fn short(x: f64) -> String {
-    let text = format!("{x:.3}");
-    text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
 fn checks_text(text: &mut String, checks: &[Check]) {
@@ -467,14 +475,14 @@ mod tests {
     fn every_name_says_what_it_needs() {
         assert_eq!(
             (needs("kl"), needs("choices"), needs("accuracy")),
-            (Some(Needs::Answers), Some(Needs::Choices), Some(Needs::Pairs))
+            (Some(Needs::Answers), Some(Needs::Choices), Some(Needs::Both))
         );
-        assert_eq!((needs("rewards/margins"), needs("accurracy")), (Some(Needs::Pairs), None));
+        assert_eq!((needs("rewards/margins"), needs("accurracy")), (Some(Needs::Rewards), None));
         assert!(names().all(|name| needs(name).is_some()));
     }
 
     #[test]
     fn edges_are_written_short() {
-        assert_eq!([-0.5, 0.0, 10.0, 2.25].map(short), ["-0.5", "0", "10", "2.25"]);
+        assert_eq!([-0.5, 0.0, 10.0, 2.25].map(|edge| trimmed(edge, 3)), ["-0.5", "0", "10", "2.25"]);
     }
 }

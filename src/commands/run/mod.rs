@@ -7,7 +7,7 @@ mod summary;
 use std::time::Instant;
 
 use miette::miette;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use self::prepare::{Prepared, Run};
 use super::{Failure, failed, print_json};
@@ -18,7 +18,7 @@ use crate::interrupt::Interrupt;
 use crate::model::Adapter;
 use crate::model::generate::Stop;
 use crate::progress::{Bar, Console, duration, short};
-use crate::report::{self, Margins, tensorboard};
+use crate::report::{self, Margins, Sample, tensorboard};
 use crate::run_folder::MetricsLog;
 use crate::train::checkpoint::{self, State};
 use crate::train::{Evaluation, Metrics, TrainError, Trainer};
@@ -279,7 +279,7 @@ impl<'p> Training<'p> {
             });
             bar.advance(1);
         }
-        let lines: String = samples.iter().map(|sample| format!("{}\n", Value::Object(sample.json()))).collect();
+        let lines: String = samples.iter().map(|sample| format!("{}\n", json!(sample))).collect();
         files::write(&self.run.folder.samples(), lines.as_bytes()).map_err(failed)?;
         Ok(samples)
     }
@@ -309,28 +309,6 @@ fn open_tensorboard(run: &Run, saved_step: Option<usize>, console: &Console) -> 
             console.warning(format_args!("{error}; there will be no TensorBoard events"));
             None
         }
-    }
-}
-
-/// Answers to one held-out prompt.
-struct Sample {
-    prompt: String,
-    base: String,
-    policy: String,
-    chosen: Option<String>,
-    rejected: Option<String>,
-}
-
-impl Sample {
-    fn json(&self) -> Map<String, Value> {
-        let Self { prompt, base, policy, chosen, rejected } = self;
-        let mut object = Map::new();
-        object.insert("prompt".into(), json!(prompt));
-        object.insert("base".into(), json!(base));
-        object.insert("policy".into(), json!(policy));
-        let given = [("chosen", chosen), ("rejected", rejected)];
-        object.extend(given.into_iter().filter_map(|(name, text)| Some((name.to_owned(), json!(text.as_ref()?)))));
-        object
     }
 }
 

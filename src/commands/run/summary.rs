@@ -5,7 +5,6 @@ use std::fs;
 use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 
-use super::Sample;
 use super::prepare::Prepared;
 use super::reference::Report;
 use crate::adapter::peft;
@@ -13,6 +12,7 @@ use crate::data::Dataset;
 use crate::device;
 use crate::machine;
 use crate::progress::{Console, duration, one_line};
+use crate::report::Sample;
 use crate::run_folder::RunFolder;
 use crate::train::{Metrics, Trainer};
 
@@ -33,7 +33,7 @@ impl Summary<'_> {
         let metrics = |metrics: Option<&Metrics>| metrics.map(Metrics::json);
         json!({
             "version": env!("CARGO_PKG_VERSION"),
-            "run": run.folder.path(),
+            "run": run.folder.path().display().to_string(),
             "model": base_name,
             "loss": loss.name(),
             "before": metrics(self.before),
