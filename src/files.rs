@@ -46,22 +46,24 @@ fn aside(path: &Path) -> PathBuf {
 fn remove_leftovers(path: &Path) {
     let Some(name) = path.file_name().and_then(|name| name.to_str()) else { return };
     let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    remove_abandoned(folder, |of| of == name || of.strip_suffix("-old") == Some(name));
+    remove_abandoned(folder, |of, id| (of == name || of.strip_suffix("-old") == Some(name)) && !is_alive(id));
 }
 
-/// Removes what processes that are no more have left half-written in a folder. What another one is writing stays.
+/// Removes what processes that are no more have left half-written in a folder, for one that has not begun to write there.
+/// What another one is writing stays.
 pub fn remove_partials(folder: &Path) {
-    remove_abandoned(folder, |_| true);
+    // in a container the process that went on before had this one's number
+    remove_abandoned(folder, |_, id| id.unsigned_abs() == std::process::id() || !is_alive(id));
 }
 
-/// Removes what processes that are no more were writing under names that are `wanted`.
-fn remove_abandoned(folder: &Path, wanted: impl Fn(&str) -> bool) {
+/// Removes what is half-written under a name and by a process that `is_abandoned` says it of.
+fn remove_abandoned(folder: &Path, is_abandoned: impl Fn(&str, i32) -> bool) {
     for path in fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()) {
         let writer = path.file_name().and_then(|name| name.to_str()).and_then(|name| {
             let (of, id) = name.strip_suffix(TEMPORARY)?.rsplit_once('-')?;
             Some((of, id.parse::<i32>().ok()?))
         });
-        if writer.is_some_and(|(of, id)| wanted(of) && id > 0 && !is_alive(id)) {
+        if writer.is_some_and(|(of, id)| id > 0 && is_abandoned(of, id)) {
             let _ = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
         }
     }
@@ -269,8 +271,9 @@ mod tests {
         let mut child = std::process::Command::new("true").spawn().expect("started");
         let dead = child.id();
         child.wait().expect("ended");
-        let alive = std::process::id();
-        for id in [dead, alive] {
+        let mut other = std::process::Command::new("sleep").arg("60").spawn().expect("started");
+        let (own, alive) = (std::process::id(), other.id());
+        for id in [dead, own, alive] {
             fs::create_dir(place.path().join(format!("step-000001-{id}.partial"))).expect("made");
             fs::create_dir(place.path().join(format!("step-000001-old-{id}.partial"))).expect("made");
             fs::write(place.path().join(format!("state-{id}.partial")), "").expect("written");
@@ -286,8 +289,10 @@ mod tests {
         let of_living = ["state", "step-000001", "step-000001-old"].map(|name| format!("{name}-{alive}.partial"));
         // those of another name stay
         remove_leftovers(&place.path().join("step-000001"));
-        assert_eq!(left().len(), 5);
+        assert_eq!(left().len(), 8);
         remove_partials(place.path());
+        other.kill().expect("killed");
+        other.wait().expect("ended");
         assert_eq!(left(), [&["mine.partial".to_owned()], &of_living[..]].concat());
     }
 

@@ -235,13 +235,16 @@ mod tests {
         let mut child = std::process::Command::new("true").spawn().expect("started");
         child.wait().expect("ended");
         let checkpoint = |id: u32| run.path().join("checkpoints").join(format!("step-000001-{id}.partial"));
-        let (dead, alive) = (checkpoint(child.id()), checkpoint(std::process::id()));
+        let mut other = std::process::Command::new("sleep").arg("60").spawn().expect("started");
+        let (dead, alive) = (checkpoint(child.id()), checkpoint(other.id()));
         for folder in [&dead, &alive] {
             fs::create_dir_all(folder).expect("made");
         }
         let opened = RunFolder::open(run.path()).expect("opened");
         assert!(dead.exists() && alive.exists());
         opened.remove_partials();
+        other.kill().expect("killed");
+        other.wait().expect("ended");
         assert!(!dead.exists() && alive.exists());
     }
 

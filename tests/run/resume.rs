@@ -1,7 +1,7 @@
 //! A run that is killed and resumed is the run that was not.
 
 use std::fs;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use super::{Place, stderr};
@@ -49,6 +49,9 @@ fn the_same_seed_gives_the_same_bytes_and_another_does_not() {
 fn killed_after_any_update_and_resumed_it_writes_the_same_bytes() {
     for loss in ["dpo", "kto"] {
         let place = place();
+        let mut killed = Command::new("true").spawn().expect("started");
+        let partial = format!("checkpoints/step-000099-{}.partial", killed.id());
+        killed.wait().expect("ended");
         let loss = format!("loss.{loss}.beta=0.2");
         place.train("whole", &[&HARD[..], &["--set", &loss]].concat());
         for killed_after in 1..=6 {
@@ -62,13 +65,13 @@ fn killed_after_any_update_and_resumed_it_writes_the_same_bytes() {
                 let path = place.path(&format!("{out}/{later}"));
                 if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }.expect("there");
             }
-            place.write(&format!("{out}/checkpoints/step-000099-1.partial/state.json"), "{");
+            place.write(&format!("{out}/{partial}/state.json"), "{");
             let output = place.run(&["run", "--resume", &out]);
             assert!(output.status.success(), "{}", stderr(&output));
             assert_eq!(place.adapter("whole"), place.adapter(&out), "{loss}, killed after {killed_after}");
             assert_eq!(timeless(&place, "whole"), timeless(&place, &out));
             assert_eq!(place.read("whole/samples.jsonl"), place.read(&format!("{out}/samples.jsonl")));
-            assert!(!place.path(&format!("{out}/checkpoints/step-000099-1.partial")).exists());
+            assert!(!place.path(&format!("{out}/{partial}")).exists());
         }
     }
 }
@@ -100,7 +103,7 @@ fn interrupted(place: &Place, out: &str, signal: &str) -> (Option<i32>, String) 
         assert!(child.try_wait().expect("asked").is_none(), "it ended by itself");
         std::thread::sleep(Duration::from_millis(20));
     }
-    let sent = std::process::Command::new("kill").args([signal, &child.id().to_string()]).status().expect("sent");
+    let sent = Command::new("kill").args([signal, &child.id().to_string()]).status().expect("sent");
     assert!(sent.success());
     let output = child.wait_with_output().expect("ended");
     (output.status.code(), stderr(&output))
@@ -142,7 +145,7 @@ fn a_killed_run_goes_on_from_its_last_checkpoint() {
     assert_eq!(code, None);
     let output = place.command(&["run", "--resume", "out"]).stderr(Stdio::piped()).spawn().expect("started");
     std::thread::sleep(Duration::from_secs(3));
-    let sent = std::process::Command::new("kill").args(["-INT", &output.id().to_string()]).status().expect("sent");
+    let sent = Command::new("kill").args(["-INT", &output.id().to_string()]).status().expect("sent");
     assert!(sent.success());
     let output = output.wait_with_output().expect("ended");
     assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
