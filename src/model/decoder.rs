@@ -109,6 +109,21 @@ impl Decoder {
     /// # Errors
     /// A token outside the vocabulary, or what candle returns.
     pub fn forward(&self, batch: &Packed, adapters: Option<&Adapters>, keep: Keep<'_>) -> Result<Forward> {
+        Ok(self.forward_beside(batch, adapters, keep, None)?.0)
+    }
+
+    /// [`Decoder::forward`], and where they are given the scores with other adapters. Both go through a layer before the
+    /// next one, so a matrix that a GPU has in blocks is dequantized once for them.
+    ///
+    /// # Errors
+    /// Those of [`Decoder::forward`].
+    pub(super) fn forward_beside(
+        &self,
+        batch: &Packed,
+        adapters: Option<&Adapters>,
+        keep: Keep<'_>,
+        beside: Option<Option<&Adapters>>,
+    ) -> Result<(Forward, Option<Vec<TokenScore>>)> {
         let (dropout_key, saved) = match keep {
             Keep::Scores => (None, &[][..]),
             Keep::Activations { dropout_key, saved } => (Some(dropout_key), saved),
@@ -118,21 +133,31 @@ impl Decoder {
         }
         let rows = self.rows(batch)?;
         let pass = Pass::new(adapters, &rows, dropout_key, &batch.row_keys);
+        let beside = beside.map(|adapters| Pass::new(adapters, &rows, None, &batch.row_keys));
         let lowest = self.lowest_adapted(adapters);
         let mut x = self.embed(&batch.ids)?;
+        let mut x_beside = beside.as_ref().map(|_| x.clone());
         let mut layers = Vec::new();
         for index in 0..self.layers.len() {
+            if let (Some(pass), Some(x)) = (&beside, &mut x_beside) {
+                *x = self.at(index, pass).forward(x.clone(), None)?.0;
+            }
             let (y, activations) = self.at(index, &pass).forward(x, None)?;
             x = y;
             if let Some(&saved) = saved.get(index).filter(|_| index >= lowest) {
                 layers.push(activations.only(saved));
             }
         }
-        let scored = rows::gather(&x, rows.scored(batch))?;
-        drop(x);
-        let (hidden, rho) = norm::forward(&scored, &self.norm, self.config.rms_norm_eps)?;
+        let score = |x: Tensor, want: Want| {
+            let scored = rows::gather(&x, rows.scored(batch))?;
+            drop(x);
+            let (hidden, rho) = norm::forward(&scored, &self.norm, self.config.rms_norm_eps)?;
+            let (scores, slope) = completion_logps::score(&hidden, self.head(), &batch.targets, want)?;
+            Ok::<_, candle_core::Error>((scores, slope, scored, rho))
+        };
+        let of_beside = x_beside.map(|x| score(x, Want::Scores)).transpose()?.map(|(scores, ..)| scores);
         let want = if keep == Keep::Scores { Want::Scores } else { Want::Gradient };
-        let (scores, slope) = completion_logps::score(&hidden, self.head(), &batch.targets, want)?;
+        let (scores, slope, scored, rho) = score(x, want)?;
         let activations = slope.zip(dropout_key).map(|(slope, dropout_key)| Activations {
             layers,
             scored,
@@ -141,7 +166,7 @@ impl Decoder {
             rows,
             dropout_key,
         });
-        Ok(Forward { scores, activations })
+        Ok((Forward { scores, activations }, of_beside))
     }
 
     /// The last hidden states at the scored rows of a packed batch, normed: what the head makes logits of. `[S, D]`

@@ -31,6 +31,7 @@ pub use weights::{BaseFiles, Part, WeightFiles, gguf_decoder};
 
 use crate::adapter::{Adapters, Gradients};
 use crate::hub::HubError;
+use crate::ops::completion_logps::TokenScore;
 use crate::quant::Quant;
 use crate::tensor_file::TensorFileError;
 
@@ -210,6 +211,21 @@ impl Model {
     /// What candle returns.
     pub fn forward(&self, batch: &Packed, adapter: Adapter, keep: Keep<'_>) -> candle_core::Result<Forward> {
         self.decoder.forward(batch, self.switched(adapter), keep)
+    }
+
+    /// [`Model::forward`], and the scores of the reference in the same pass.
+    ///
+    /// # Errors
+    /// What candle returns.
+    pub fn forward_with_reference(
+        &self,
+        batch: &Packed,
+        adapter: Adapter,
+        keep: Keep<'_>,
+    ) -> candle_core::Result<(Forward, Vec<TokenScore>)> {
+        let reference = Some(self.switched(Adapter::Reference));
+        let (forward, scores) = self.decoder.forward_beside(batch, self.switched(adapter), keep, reference)?;
+        Ok((forward, scores.unwrap_or_default()))
     }
 
     /// Adds the gradients of the adapters to `gradients`. See [`Decoder::backward`].

@@ -515,6 +515,30 @@ fn with_b_zero_the_policy_is_the_reference_bit_for_bit() -> Result<()> {
     Ok(())
 }
 
+/// Policy and reference in one pass are each what they are alone; dropout is the policy's.
+#[test]
+fn policy_and_reference_share_a_pass_and_nothing_else() -> Result<()> {
+    let decoder = GROUPED.decoder(DType::F32);
+    let batch = pack(&pairs(&LONG), SHARED);
+    let keep = Keep::Activations { dropout_key: DROPOUT_KEY, saved: &ALL };
+    let policy = Model::new(decoder.clone(), adapters(&decoder, 0.3))?;
+    let continued = policy.clone().with_reference(policy.adapters().clone())?;
+    for model in [policy, continued] {
+        let gradients = |forward: Forward| {
+            let mut sum = Gradients::default();
+            model.backward(&batch, forward.activations.expect("kept"), &slopes(&batch), &mut sum)?;
+            Ok::<_, candle_core::Error>(sum.in_order(model.adapters()).expect("every tensor has a gradient"))
+        };
+        let (both, reference) = model.forward_with_reference(&batch, Adapter::On, keep)?;
+        let alone = model.forward(&batch, Adapter::On, keep)?;
+        assert_eq!(both.scores, alone.scores);
+        assert_eq!(reference, model.forward(&batch, Adapter::Reference, Keep::Scores)?.scores);
+        assert_ne!(both.scores, reference);
+        all_close(&gradients(both)?, &gradients(alone)?, 0.0)?;
+    }
+    Ok(())
+}
+
 #[test]
 fn a_token_outside_the_vocabulary_is_an_error() {
     let decoder = GROUPED.decoder(DType::F32);

@@ -6,6 +6,7 @@ use super::trainer::{TrainError, assemble, check_finite, mismatched_kl, nll_toke
 use crate::data::Dataset;
 use crate::loss::{Examples, Loss, Scored, Update};
 use crate::model::{Adapter, Keep, Model};
+use crate::ops::completion_logps::TokenScore;
 
 /// Held-out examples, packed, with what the reference says about them.
 #[derive(Debug)]
@@ -119,14 +120,21 @@ impl<'d> Evaluation<'d> {
         for (number, batch) in self.batches.iter().enumerate() {
             let items: Vec<_> = batch.iter().map(|&i| self.items[i]).collect();
             let (packed, parts) = (self.layout.pack(&items), self.layout.parts(&items));
-            let scores = model.forward(&packed, policy, Keep::Scores)?.scores;
-            if self.reference.len() == number {
-                let reference = match same {
-                    true => &scores,
-                    false => &model.forward(&packed, Adapter::Reference, Keep::Scores)?.scores,
-                };
-                self.reference.push(reference.iter().map(|score| score.logp).collect());
-            }
+            let logps = |scores: &[TokenScore]| scores.iter().map(|score| score.logp).collect();
+            let scores = match (self.reference.len() == number, same) {
+                (true, false) => {
+                    let (forward, reference) = model.forward_with_reference(&packed, policy, Keep::Scores)?;
+                    self.reference.push(logps(&reference));
+                    forward.scores
+                }
+                (unknown, _) => {
+                    let scores = model.forward(&packed, policy, Keep::Scores)?.scores;
+                    if unknown {
+                        self.reference.push(logps(&scores));
+                    }
+                    scores
+                }
+            };
             let reference = &self.reference[number];
             let completions = parts.iter().zip(&packed.spans).filter(|((_, part), _)| *part != Part::Prompt);
             for token in completions.flat_map(|(_, span)| span.clone()) {

@@ -18,6 +18,7 @@ use crate::loss::{Loss, Scored, Sequence, Slopes, Update};
 use crate::model::memory::Saved;
 use crate::model::packed::{Packed, PromptSpan};
 use crate::model::{Adapter, Forward, Keep, Model};
+use crate::ops::completion_logps::TokenScore;
 use crate::ops::dropout;
 
 /// Everything that shapes a run of updates, every value known.
@@ -266,7 +267,8 @@ impl<'d> Trainer<'d> {
                 batch.iter().map(|&i| (examples[i], items[i])).unzip();
             let (packed, parts) = (layout.pack(&items), layout.parts(&items));
             tokens += packed.tokens;
-            self.set_references(&packed, &parts, &examples)?;
+            let scores = self.model.forward(&packed, Adapter::Reference, Keep::Scores)?.scores;
+            self.set_references(&scores, &packed, &parts, &examples)?;
         }
         Ok(tokens)
     }
@@ -335,12 +337,8 @@ impl<'d> Trainer<'d> {
             let items: Vec<Item<'_>> = batch.iter().map(|&i| items[i]).collect();
             let (packed, parts) = (layout.pack(&items), layout.parts(&items));
             tokens += packed.tokens;
-            let references = self.references(&packed, &parts, &examples)?;
-            let Forward { scores, activations } = self.model.forward(
-                &packed,
-                Adapter::On,
-                Keep::Activations { dropout_key, saved: &self.plan.saved },
-            )?;
+            let (Forward { scores, activations }, references) =
+                self.forward(&packed, &parts, &examples, dropout_key)?;
             let sums: Vec<Sums> = packed.spans.iter().map(|span| Sums::of(&scores[span.clone()])).collect();
             let scored = assemble(items.len(), &parts, &sums, &references);
             let evaluated = self.loss.evaluate(&scored, &update)?;
@@ -394,35 +392,38 @@ impl<'d> Trainer<'d> {
         Ok(metrics)
     }
 
-    /// The reference's log-prob of each span, where the loss needs it.
-    fn references(
+    /// The policy over a micro-batch, and the reference's log-prob of each span, where the loss needs it.
+    fn forward(
         &mut self,
         packed: &Packed,
         parts: &[(usize, Part)],
         examples: &[usize],
-    ) -> Result<Vec<Option<f64>>, TrainError> {
-        if !self.loss.needs_reference() {
-            return Ok(vec![None; parts.len()]);
-        }
+        dropout_key: u64,
+    ) -> Result<(Forward, Vec<Option<f64>>), TrainError> {
         let known = |memo: &Reference| -> Vec<Option<f64>> {
             parts.iter().map(|&(i, part)| memo.get(examples[i], part)).collect()
         };
+        let keep = Keep::Activations { dropout_key, saved: &self.plan.saved };
+        if !self.loss.needs_reference() {
+            return Ok((self.model.forward(packed, Adapter::On, keep)?, vec![None; parts.len()]));
+        }
         let references = known(&self.reference);
         if references.iter().all(Option::is_some) {
-            return Ok(references);
+            return Ok((self.model.forward(packed, Adapter::On, keep)?, references));
         }
-        self.set_references(packed, parts, examples)?;
-        Ok(known(&self.reference))
+        let (forward, scores) = self.model.forward_with_reference(packed, Adapter::On, keep)?;
+        self.set_references(&scores, packed, parts, examples)?;
+        Ok((forward, known(&self.reference)))
     }
 
-    /// Computes what is not known. What is known stays: it came from another micro-batch and may differ in the last bit.
+    /// Keeps what was not known. What is known stays: it came from another micro-batch and may differ in the last bit.
     fn set_references(
         &mut self,
+        scores: &[TokenScore],
         packed: &Packed,
         parts: &[(usize, Part)],
         examples: &[usize],
     ) -> Result<(), TrainError> {
-        let scores = self.model.forward(packed, Adapter::Reference, Keep::Scores)?.scores;
         for (&(i, part), span) in parts.iter().zip(&packed.spans) {
             if self.reference.get(examples[i], part).is_none() {
                 let logp = Sums::of(&scores[span.clone()]).logp;
@@ -538,10 +539,9 @@ pub(super) fn mismatched_kl(
     let mut sum = 0.0;
     for batch in layout.micro_batches(&mismatched, budget) {
         let packed = layout.pack(&batch.into_iter().map(|i| mismatched[i]).collect::<Vec<_>>());
-        let logps = |adapter| -> candle_core::Result<f64> {
-            Ok(model.forward(&packed, adapter, Keep::Scores)?.scores.iter().map(|score| score.logp).sum())
-        };
-        sum += logps(policy)? - logps(Adapter::Reference)?;
+        let (forward, reference) = model.forward_with_reference(&packed, policy, Keep::Scores)?;
+        let logp = |scores: &[TokenScore]| scores.iter().map(|score| score.logp).sum::<f64>();
+        sum += logp(&forward.scores) - logp(&reference);
     }
     Ok((sum / mismatched.len() as f64).max(0.0))
 }
