@@ -186,9 +186,8 @@ impl Trained {
         if let Some(reference) = reference {
             model = model.with_reference(reference).map_err(candle)?;
         }
-        // what decoding reads most is the weights: in bf16 where there is room
-        let resident = chosen.free.map_or(0, |free| free / 2);
-        model.to_device(&chosen.device, chosen.dtype(), resident).map_err(candle)
+        // what decoding reads most is the weights, and blocks are the least of them
+        model.to_device(&chosen.device, chosen.dtype(), 0).map_err(candle)
     }
 
     /// The held-out pairs: those of `data`, or of the run; none where neither is known.

@@ -243,7 +243,7 @@ fn blocks(check: &mut Check, dtype: DType) -> Result<()> {
             continue;
         }
         // NF4's blocks go over the ends of rows
-        let (count, columns) = if kept == Kept::Nf4 { (24, 136) } else { (24, 768) };
+        let (count, columns) = if kept == Kept::Nf4 { (24, 1160) } else { (24, 1792) };
         let values = (check.normal((count, columns), DType::F32)? * 0.02)?.to_dtype(DType::F32)?;
         let weight = kept.keep(count, columns, values.flatten_all()?.to_vec1()?)?;
         let label = match kept {
@@ -267,7 +267,27 @@ fn blocks(check: &mut Check, dtype: DType) -> Result<()> {
                 &right,
                 most,
             )?;
+            few(check, &format!("{label}{order}"), &weight, Weight::OnDevice(resident), dtype)?;
         }
+    }
+    Ok(())
+}
+
+/// As many rows by a matrix in blocks as a step of generation may have, alone and onto a residual.
+fn few(check: &mut Check, label: &str, here: &Weight, there: Weight, dtype: DType) -> Result<()> {
+    let (width, inner) = here.dims()?;
+    let here = Weight::Dense(here.dense(DType::F64)?);
+    for count in [1, 3, 16] {
+        let (x, residual) = (check.normal((count, inner), dtype)?, check.normal((count, width), dtype)?);
+        let branch = |weight| [Branch { weight, bias: None, update: None }];
+        let ([right], _) = linear::forward(&x, &branch(&here), None)?;
+        let ([onto], _) = linear::forward(&x, &branch(&here), Some(&residual))?;
+        let (x, residual) = (check.there(&x, dtype)?, check.there(&residual, dtype)?);
+        let ([found], _) = linear::forward(&x, &branch(&there), None)?;
+        let ([found_onto], _) = linear::forward(&x, &branch(&there), Some(&residual))?;
+        let what = |part: &str| name(&format!("{label}, {count} rows{part}"), dtype);
+        check.compare(what(""), &found, &right, tolerance(dtype))?;
+        check.compare(what(" onto a residual"), &found_onto, &onto, tolerance(dtype))?;
     }
     Ok(())
 }

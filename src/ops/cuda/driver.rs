@@ -35,7 +35,7 @@ macro_rules! modules {
 /// The files beside this one, compiled by `build.rs`.
 pub(super) mod modules {
     use super::Module;
-    modules!(adamw, attention, completion_logps, dequantize, glu, low_rank, norm, rope);
+    modules!(adamw, attention, completion_logps, dequantize, few, glu, low_rank, norm, rope);
 }
 
 /// A kernel's argument.
@@ -136,6 +136,9 @@ impl<'t> Launch<'t> {
 pub(super) const THREADS: u32 = 256;
 /// Elements that a thread takes; `LANES` in `common.cuh`.
 pub(super) const LANES: usize = 8;
+
+/// Threads of a warp; in `common.cuh`.
+pub(super) const WARP: usize = 32;
 
 /// The grid of a kernel in which every thread takes [`LANES`] of `count` elements.
 pub(super) fn grid(count: usize) -> [usize; 2] {

@@ -8,7 +8,7 @@ use candle_core::{DType, Result, Tensor, bail};
 use super::as_dtype;
 use super::driver::{Launch, Onto, Operand, empty, gemm, modules};
 use super::weight::matrix;
-use crate::ops::dims2;
+use crate::ops::{FEW, dims2};
 use crate::quant::Weight;
 
 /// `x wᵀ`, in the type of `x`.
@@ -101,12 +101,17 @@ pub(crate) fn product_t(
     if inner != columns || residual.is_some_and(|residual| residual.dims() != [rows, width]) {
         bail!("rows of {inner} by a matrix of {columns} columns")
     }
-    let w = matrix(weight, x.dtype(), x.device())?;
     let (y, onto) = match residual {
         Some(residual) => (residual.copy()?, Onto::Existing),
         None => (empty((rows, width), x.dtype(), x.device())?, Onto::Nothing),
     };
-    gemm([rows, width, inner], Operand::of(x)?, Operand::of(&w)?.t(), Operand::of(&y)?, 1, 1.0, onto)?;
+    match weight {
+        Weight::OnDevice(blocks) if rows <= FEW => blocks.few(x, &y, onto)?,
+        _ => {
+            let w = matrix(weight, x.dtype(), x.device())?;
+            gemm([rows, width, inner], Operand::of(x)?, Operand::of(&w)?.t(), Operand::of(&y)?, 1, 1.0, onto)?;
+        }
+    }
     match bias {
         Some(bias) => y.broadcast_add(&bias.to_dtype(y.dtype())?),
         None => Ok(y),

@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{DType, Device, Result, Tensor, bail};
 
 use super::as_dtype;
-use super::driver::{LANES, Launch, THREADS, empty, modules};
+use super::driver::{LANES, Launch, Module, Onto, THREADS, WARP, empty, modules};
+use crate::ops::{FEW, dims2};
 use crate::quant::ggml::BlockType;
 use crate::quant::nf4::{Nf4, Scales};
 use crate::quant::{Stored, Weight};
@@ -181,21 +182,7 @@ impl Resident {
         let (device, rows) = (self.device(), ids.map_or(self.rows, <[u32]>::len));
         let ids = ids.map(|ids| Tensor::new(ids, device)).transpose()?;
         let out = empty((rows, self.columns), dtype, device)?;
-        let launch = match &self.blocks {
-            Blocks::Ggml(kind, blocks) => {
-                let kernel = format!("dequantize_{}", kind.to_string().to_lowercase());
-                Launch::of(modules::dequantize, &kernel, &out)?.tensor(blocks)?
-            }
-            Blocks::Nf4 { packed, quantized, scales, offset } => {
-                let (quantized, code) = quantized.as_ref().map(|[quantized, code]| (quantized, code)).unzip();
-                Launch::of(modules::dequantize, "dequantize_nf4", &out)?
-                    .tensor(packed)?
-                    .optional(quantized)?
-                    .optional(code)?
-                    .tensor(scales)?
-                    .float((*offset).into())
-            }
-        };
+        let launch = self.launch(modules::dequantize, "dequantize", &out)?;
         let threads = rows * self.columns.div_ceil(LANES);
         launch
             .tensor(&out)?
@@ -205,6 +192,45 @@ impl Resident {
             .count(self.columns)?
             .run([threads.div_ceil(THREADS as usize), 1], [THREADS, 1])?;
         Ok(out)
+    }
+
+    /// A kernel for these blocks and elements as those of `like`, with the blocks as its first arguments.
+    fn launch<'t>(&'t self, module: Module, kernel: &str, like: &Tensor) -> Result<Launch<'t>> {
+        match &self.blocks {
+            Blocks::Ggml(kind, blocks) => {
+                Launch::of(module, &format!("{kernel}_{}", kind.to_string().to_lowercase()), like)?.tensor(blocks)
+            }
+            Blocks::Nf4 { packed, quantized, scales, offset } => {
+                let (quantized, code) = quantized.as_ref().map(|[quantized, code]| (quantized, code)).unzip();
+                Ok(Launch::of(module, &format!("{kernel}_nf4"), like)?
+                    .tensor(packed)?
+                    .optional(quantized)?
+                    .optional(code)?
+                    .tensor(scales)?
+                    .float((*offset).into()))
+            }
+        }
+    }
+
+    /// `y = x Wᵀ`, or added to what is in `y`, for at most [`FEW`] rows: out of the blocks, each of which is read once.
+    ///
+    /// # Errors
+    /// What candle returns for wrong shapes or types.
+    pub(super) fn few(&self, x: &Tensor, y: &Tensor, onto: Onto) -> Result<()> {
+        let ((rows, columns), result) = (dims2(x)?, dims2(y)?);
+        if rows > FEW || columns != self.columns || result != (rows, self.rows) || x.dtype() != y.dtype() {
+            bail!("{:?} by a matrix of [{}, {}] gives {:?}", x.shape(), self.rows, self.columns, y.shape())
+        }
+        let threads = self.rows * WARP;
+        self.launch(modules::few, "few", y)?
+            .tensor(x)?
+            .tensor(y)?
+            .count(usize::from(onto == Onto::Existing))?
+            .count(self.paired)?
+            .count(rows)?
+            .count(self.rows)?
+            .count(columns)?
+            .run([threads.div_ceil(THREADS as usize), 1], [THREADS, 1])
     }
 }
 
