@@ -26,10 +26,8 @@ from datasets import Dataset
 from peft import LoraConfig, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.utils.data import SequentialSampler
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer
-
-BATCH = 8
 
 
 def memory(field: str) -> int:
@@ -57,12 +55,22 @@ def main() -> None:
     parser.add_argument("inputs", type=Path)
     parser.add_argument("--mode", choices=["default", "tuned", "best"], default="default")
     parser.add_argument("--device-batch", type=int, default=4)
+    parser.add_argument("--memory", type=float, help="GiB of the GPU that may be taken")
     args = parser.parse_args()
     torch.set_num_threads(int(THREADS))
     facts = json.loads((args.inputs / "lengths.json").read_text())
+    on_gpu = facts["device"] == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    if args.memory:
+        torch.cuda.set_per_process_memory_fraction(args.memory * 2**30 / torch.cuda.get_device_properties(0).total_memory)
 
     tokenizer = AutoTokenizer.from_pretrained(args.inputs / "model")
-    base = AutoModelForCausalLM.from_pretrained(args.inputs / "model", dtype=torch.float32, attn_implementation="sdpa")
+    # as QLoRA has it, and dpo-lora too
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    base = AutoModelForCausalLM.from_pretrained(
+        args.inputs / "model", dtype=dtype, attn_implementation="sdpa", device_map="cuda:0" if on_gpu else "cpu",
+        quantization_config=nf4 if facts["quant"] == "nf4" else None,
+    )
     rows = Dataset.from_parquet(str(args.inputs / "rows.parquet"))
     if args.mode == "best":
         longest = [p + max(c, r) for p, c, r in facts["lengths"]]
@@ -82,16 +90,16 @@ def main() -> None:
             warmup_steps=0,
             max_grad_norm=1.0,
             per_device_train_batch_size=args.device_batch,
-            gradient_accumulation_steps=BATCH // args.device_batch,
+            gradient_accumulation_steps=facts["batch_size"] // args.device_batch,
             num_train_epochs=1,
             max_length=facts["max_length"],
             gradient_checkpointing=not tuned,
             precompute_ref_log_probs=tuned,
             precompute_ref_batch_size=args.device_batch,
             disable_dropout=True,
-            use_cpu=True,
-            bf16=False,
-            optim="adamw_torch",
+            use_cpu=not on_gpu,
+            bf16=on_gpu,
+            optim="adamw_torch_fused" if on_gpu else "adamw_torch",
             logging_steps=1,
             save_strategy="no",
             report_to="none",
@@ -103,6 +111,10 @@ def main() -> None:
         # given a PeftModel, TRL copies its adapter and runs the copy in every reference pass; so the base is the reference
         peft_config=adapter,
     )
+    if not on_gpu:
+        # over a quantized base TRL rounds adapters to bf16; here both sides compute in f32, and their losses are compared closely
+        for parameter in trainer.model.parameters():
+            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     set_peft_model_state_dict(trainer.model, load_file(args.inputs / "adapter" / "adapter_model.safetensors"))
     started = time.perf_counter()
     trainer.train()
@@ -115,7 +127,7 @@ def main() -> None:
         "seconds_updates": seconds,
         "losses": [line["loss"] for line in log],
         "grad_norms": [line["grad_norm"] for line in log],
-        "peak_memory_bytes": memory("VmHWM"),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else memory("VmHWM"),
         "loaded_memory_bytes": loaded,
     }
     print(json.dumps(result))
