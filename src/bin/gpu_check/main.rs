@@ -2,7 +2,7 @@
 //! without, `scripts/cuda_on_cpu` lends it a device that is this machine's CPU.
 //!
 //! ```text
-//! gpu_check [--small] [--seed N] [--recipe FILE] [--skip PART]...       parts: kernels, gradients, recipe, shapes
+//! gpu_check [--small] [--seed N] [--recipe FILE] [--skip PART]...       parts: kernels, gradients, recipe, timings, shapes
 //! ```
 //!
 //! Everything is random under a seed that is printed. Outputs are NaN before a kernel writes them. Exit code 3: something
@@ -10,6 +10,7 @@
 
 mod kernels;
 mod models;
+mod timings;
 
 use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -108,7 +109,7 @@ struct Arguments {
     #[arg(long, value_name = "FILE")]
     recipe: Option<String>,
     /// A part to leave out.
-    #[arg(long, value_parser = ["kernels", "gradients", "recipe", "shapes"])]
+    #[arg(long, value_parser = ["kernels", "gradients", "recipe", "timings", "shapes"])]
     skip: Vec<String>,
 }
 
@@ -128,10 +129,11 @@ fn main() -> ExitCode {
     let device = chosen.device;
     let mut check = Check { device, rng: ChaCha8Rng::seed_from_u64(seed), lines: Vec::new(), small, recipe };
     type Part = fn(&mut Check) -> std::result::Result<(), String>;
-    let parts: [(&str, Part); 4] = [
+    let parts: [(&str, Part); 5] = [
         ("kernels", |check| kernels::all(check).map_err(|e| e.to_string())),
         ("gradients", models::gradients),
         ("recipe", models::recipe),
+        ("timings", timings::all),
         ("shapes", models::shapes),
     ];
     let mut failed = false;
