@@ -86,7 +86,7 @@ impl Summary<'_> {
             console.line(format_args!("policy   {}", one_line(&sample.policy, LONGEST)));
         }
         console.line(format_args!(
-            "\n{} updates in {}; the adapter is in {}/adapter",
+            "\n{} updates in {}; adapter and report.html are in {}",
             self.trainer.step(),
             duration(self.seconds),
             self.prepared.run.folder.shown()
