@@ -35,18 +35,20 @@ fn temporary(path: &Path) -> PathBuf {
     path.with_file_name(name)
 }
 
-/// Where a folder that is replaced steps aside to.
+/// Stands before [`TEMPORARY`] where a folder that is replaced steps aside.
+const ASIDE: &str = ".old";
+
 fn aside(path: &Path) -> PathBuf {
     let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push("-old");
-    temporary(&path.with_file_name(name))
+    name.push(format!("-{}{ASIDE}{TEMPORARY}", std::process::id()));
+    path.with_file_name(name)
 }
 
 /// Removes what processes that are no more have left of writing `path`.
 fn remove_leftovers(path: &Path) {
     let Some(name) = path.file_name().and_then(|name| name.to_str()) else { return };
     let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    remove_abandoned(folder, |of, id| (of == name || of.strip_suffix("-old") == Some(name)) && !is_alive(id));
+    remove_abandoned(folder, |of, id| of == name && !is_alive(id));
 }
 
 /// Removes what processes that are no more have left half-written in a folder, for one that has not begun to write there.
@@ -56,16 +58,25 @@ pub fn remove_partials(folder: &Path) {
     remove_abandoned(folder, |_, id| id.unsigned_abs() == std::process::id() || !is_alive(id));
 }
 
-/// Removes what is half-written under a name and by a process that `is_abandoned` says it of.
+/// Removes what is half-written under a name and by a process that `is_abandoned` says it of. What stepped aside and was not
+/// replaced is whole, and takes its name again.
 fn remove_abandoned(folder: &Path, is_abandoned: impl Fn(&str, i32) -> bool) {
     for path in fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()) {
-        let writer = path.file_name().and_then(|name| name.to_str()).and_then(|name| {
-            let (of, id) = name.strip_suffix(TEMPORARY)?.rsplit_once('-')?;
-            Some((of, id.parse::<i32>().ok()?))
-        });
-        if writer.is_some_and(|(of, id)| id > 0 && is_abandoned(of, id)) {
-            let _ = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        let Some(name) =
+            path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(TEMPORARY))
+        else {
+            continue;
+        };
+        let Some((of, id)) = name.strip_suffix(ASIDE).unwrap_or(name).rsplit_once('-') else { continue };
+        if !id.parse().is_ok_and(|id| id > 0 && is_abandoned(of, id)) {
+            continue;
         }
+        let replaced = folder.join(of);
+        let _ = match path.is_dir() {
+            true if name.ends_with(ASIDE) && !replaced.exists() => fs::rename(&path, &replaced),
+            true => fs::remove_dir_all(&path),
+            false => fs::remove_file(&path),
+        };
     }
 }
 
@@ -275,10 +286,13 @@ mod tests {
         let (own, alive) = (std::process::id(), other.id());
         for id in [dead, own, alive] {
             fs::create_dir(place.path().join(format!("step-000001-{id}.partial"))).expect("made");
-            fs::create_dir(place.path().join(format!("step-000001-old-{id}.partial"))).expect("made");
+            fs::create_dir(place.path().join(format!("step-000001-{id}.old.partial"))).expect("made");
             fs::write(place.path().join(format!("state-{id}.partial")), "").expect("written");
         }
         fs::write(place.path().join("mine.partial"), "").expect("written");
+        // killed between stepping aside and being replaced
+        fs::create_dir(place.path().join(format!("step-000002-{dead}.old.partial"))).expect("made");
+        fs::create_dir(place.path().join("step-000001")).expect("made");
         let left = || {
             let entries = fs::read_dir(place.path()).expect("there");
             let mut names: Vec<_> =
@@ -286,14 +300,21 @@ mod tests {
             names.sort_unstable();
             names
         };
-        let of_living = ["state", "step-000001", "step-000001-old"].map(|name| format!("{name}-{alive}.partial"));
+        let left_alone = [
+            "mine.partial".into(),
+            format!("state-{alive}.partial"),
+            "step-000001".into(),
+            format!("step-000001-{alive}.old.partial"),
+            format!("step-000001-{alive}.partial"),
+            "step-000002".into(),
+        ];
         // those of another name stay
         remove_leftovers(&place.path().join("step-000001"));
-        assert_eq!(left().len(), 8);
+        assert_eq!(left().len(), 10);
         remove_partials(place.path());
         other.kill().expect("killed");
         other.wait().expect("ended");
-        assert_eq!(left(), [&["mine.partial".to_owned()], &of_living[..]].concat());
+        assert_eq!(left(), left_alone);
     }
 
     #[test]

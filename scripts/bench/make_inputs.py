@@ -125,7 +125,8 @@ def main() -> None:
         model = LlamaForCausalLM(config)
     if args.quant == "nf4":
         # as files of real models are; beside NF4 dpo-lora keeps embedding and head in bf16
-        model = model.to(torch.bfloat16).to(model.dtype)
+        dtype = model.dtype
+        model = model.to(torch.bfloat16).to(dtype)
     model.save_pretrained(model_folder)
     # as transformers has it in memory, so that both sides read the same: it builds some tokenizers anew and not quite as
     # their tokenizer.json says (Llama's with "legacy": false put no space after a special token)

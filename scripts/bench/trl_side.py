@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, help="GiB of the GPU that may be taken")
     args = parser.parse_args()
     torch.set_num_threads(int(THREADS))
-    facts = json.loads((args.inputs / "lengths.json").read_text())
+    facts = {"batch_size": 8, "quant": "none", "device": "cpu"} | json.loads((args.inputs / "lengths.json").read_text())
     on_gpu = facts["device"] == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     if args.memory:

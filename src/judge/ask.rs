@@ -156,15 +156,14 @@ pub struct Usage {
 }
 
 impl Usage {
-    /// As an answer says it; none where it says nothing about it.
+    /// As an answer says it; none where it does not say both what was read and what was written.
     #[must_use]
     pub fn of(response: &Value) -> Option<Self> {
-        let usage = response.get("usage").filter(|usage| usage.is_object())?;
-        let number = |path: &str| usage.pointer(path).and_then(Value::as_u64).unwrap_or(0);
+        let number = |path: &str| response.pointer(path).and_then(Value::as_u64);
         Some(Self {
-            prompt: number("/prompt_tokens"),
-            cached: number("/prompt_tokens_details/cached_tokens"),
-            completion: number("/completion_tokens"),
+            prompt: number("/usage/prompt_tokens")?,
+            cached: number("/usage/prompt_tokens_details/cached_tokens").unwrap_or(0),
+            completion: number("/usage/completion_tokens")?,
         })
     }
 
@@ -374,7 +373,12 @@ impl Caller<'_> {
             };
             let result = self.endpoint.call(chat);
             drop(turn);
-            self.budget.settle(reserved, result.as_ref().ok().map(|reply| &reply.response));
+            let charged = match &result {
+                Ok(reply) => Some(&reply.response),
+                Err(Trouble::Later { charged, .. }) => charged.as_ref(),
+                Err(_) => None,
+            };
+            self.budget.settle(reserved, charged);
             let (problem, wait) = match result {
                 Ok(Reply { response, hold }) => {
                     self.pace.went_well(hold);
@@ -383,7 +387,7 @@ impl Caller<'_> {
                 Err(Trouble::Changed(_)) => continue,
                 Err(Trouble::Refused(problem)) => return Err(NoAnswer::Refused(problem)),
                 Err(Trouble::Fatal { problem, help }) => return Err(NoAnswer::Fatal(problem, help)),
-                Err(Trouble::Later { problem, wait, limited }) => {
+                Err(Trouble::Later { problem, wait, limited, .. }) => {
                     if limited {
                         self.pace.too_many();
                     }
@@ -681,8 +685,8 @@ mod tests {
         assert_eq!((budget.calls(), budget.dollars().map(|d| (d * 1e6).round())), (1, Some(4.0)));
         assert_eq!(budget.reserve(5, 3), Room::No, "it could cost more than is left");
         assert_eq!([(); 3].map(|()| budget.reserve(0, 0)), [Room::Yes(0.0), Room::Yes(0.0), Room::Later]);
-        budget.settle(0.0, Some(&json!({"usage": {}})));
-        budget.settle(0.0, Some(&json!({"usage": {}})));
+        budget.settle(0.0, Some(&json!({})));
+        budget.settle(0.0, Some(&json!({})));
         assert_eq!(budget.reserve(0, 0), Room::No, "three calls were answered");
     }
 
@@ -692,6 +696,8 @@ mod tests {
         assert_eq!(Usage::of(&response), Some(Usage { prompt: 7, cached: 3, completion: 2 }));
         assert_eq!(Usage::of(&json!({"usage": null})), None);
         assert_eq!(Usage::of(&json!({})), None);
+        assert_eq!(Usage::of(&json!({"usage": {"total_tokens": 900}})), None);
+        assert_eq!(Usage::of(&json!({"usage": {"prompt_tokens": 7}})), None);
     }
 
     #[test]
@@ -700,7 +706,7 @@ mod tests {
         let budget = Budget::new(None, Some(30e-6), Some(price));
         for spent in [15.0, 30.0] {
             let Room::Yes(reserved) = budget.reserve(5, 1) else { panic!("{spent}: there is room") };
-            budget.settle(reserved, Some(&json!({"choices": []})));
+            budget.settle(reserved, Some(&json!({"choices": [], "usage": {"total_tokens": 0}})));
             assert_eq!(budget.dollars().map(|dollars| (dollars * 1e6).round()), Some(spent));
         }
         assert_eq!(budget.reserve(5, 1), Room::No);

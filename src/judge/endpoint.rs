@@ -106,6 +106,8 @@ pub enum Trouble {
         wait: Option<f64>,
         /// Whether the server asks for fewer calls.
         limited: bool,
+        /// What it sent with a success that is no answer, null where that is no JSON: it was computed, and is charged for.
+        charged: Option<Value>,
     },
     /// It will have one when it is sent again as the endpoint takes it; this is what was changed.
     Changed(&'static str),
@@ -196,7 +198,13 @@ impl Endpoint {
         if let Some(Key(key)) = &self.key {
             request = request.header("authorization", format!("Bearer {key}"));
         }
-        let later = |problem: String| Trouble::Later { problem, wait: None, limited: false };
+        let later = |problem: String| Trouble::Later { problem, wait: None, limited: false, charged: None };
+        let charged = |problem: String, sent: Value| Trouble::Later {
+            problem,
+            wait: None,
+            limited: false,
+            charged: Some(sent),
+        };
         let response = request.send(body.as_str()).map_err(|error| match error {
             ureq::Error::BadUri(_) | ureq::Error::Http(_) => Trouble::Fatal {
                 problem: "the address of the endpoint is none".into(),
@@ -210,7 +218,8 @@ impl Endpoint {
         // who answered so has judged, or refused: without a body it is only known by its status
         let text = match text {
             Err(error) if parts.status.is_success() => {
-                return Err(later(format!("the answer breaks off: {}", self.told(&error.to_string()))));
+                let problem = format!("the answer breaks off: {}", self.told(&error.to_string()));
+                return Err(charged(problem, Value::Null));
             }
             text => text.unwrap_or_default(),
         };
@@ -222,9 +231,12 @@ impl Endpoint {
             return Err(self.refusal(&parts, value.as_ref(), &text, chat, adapted));
         }
         let is_answer = |value: &Value| value.pointer("/choices/0/message").is_some_and(Value::is_object);
-        match value.filter(is_answer) {
-            Some(response) => Ok(Reply { response, hold: hold(&parts.headers) }),
-            None => Err(later(format!("the answer is no chat completion: {}", self.told(&text)))),
+        match value {
+            Some(response) if is_answer(&response) => Ok(Reply { response, hold: hold(&parts.headers) }),
+            other => {
+                let problem = format!("the answer is no chat completion: {}", self.told(&text));
+                Err(charged(problem, other.unwrap_or_default()))
+            }
         }
     }
 
@@ -280,7 +292,9 @@ impl Endpoint {
             _ => matches!(status, 408 | 409 | 429 | 500..),
         };
         match again {
-            true => Trouble::Later { problem, wait: asked_to_wait(&parts.headers), limited: status == 429 },
+            true => {
+                Trouble::Later { problem, wait: asked_to_wait(&parts.headers), limited: status == 429, charged: None }
+            }
             false => Trouble::Refused(problem),
         }
     }

@@ -97,8 +97,10 @@ pub struct Cost {
     pub cached_tokens: u64,
     /// Tokens that were written.
     pub completion_tokens: u64,
-    /// At the prices given; none without prices.
+    /// At the prices given, of the tokens that the endpoint told of; none without prices.
     pub dollars: Option<f64>,
+    /// Calls whose answer does not say what it took: nothing of them is in tokens and dollars.
+    pub without_usage: usize,
 }
 
 /// Mean lengths, and what they have to do with verdicts.
@@ -377,8 +379,11 @@ impl Report {
         if self.missing > 0 {
             parts.push(format!("{} missing", self.missing));
         }
-        if let Some(dollars) = self.cost.as_ref().and_then(|cost| cost.dollars) {
-            parts.push(format!("${dollars:.2}"));
+        if let Some(Cost { dollars: Some(dollars), without_usage, .. }) = &self.cost {
+            parts.push(match without_usage {
+                0 => format!("${dollars:.2}"),
+                count => format!("${dollars:.2}, and {count} calls do not say what they took"),
+            });
         }
         parts.join(" · ")
     }

@@ -304,14 +304,15 @@ impl Shape {
         Footprint { saved: all_kept, scratch: peak + unused + more - all_kept }
     }
 
-    /// The most that a forward pass that keeps nothing holds at once: the reference, an evaluation.
+    /// The most that a forward pass that keeps nothing holds at once: the reference, an evaluation. While the rows of one of
+    /// policy and reference are in a layer, those of the other wait before it, `[T, D]`; in the head, `[S, D]`.
     #[must_use]
     pub fn scoring(&self, rows: Rows) -> Footprint {
         let (d, f) = (self.decoder.hidden_size, self.outputs(Projection::Gate));
         let fused = if self.decoder.fused { 2 * f } else { 0 };
-        let layer = self.held(0, Saved::All, rows) + self.element() * rows.all * (f + d + fused);
+        let layer = self.held(0, Saved::All, rows) + self.element() * rows.all * (f + 2 * d + fused);
         let [logits, more] = self.scratch(rows.all);
-        let head = 2 * self.element() * rows.scored * d + logits;
+        let head = 3 * self.element() * rows.scored * d + logits;
         Footprint { saved: 0, scratch: layer.max(head) + more }
     }
 }

@@ -859,11 +859,15 @@ mod tests {
     #[test]
     fn a_win_rate_names_its_policy_and_what_is_usual() {
         let mut run = run(|_, _, value| value);
-        run.win_rates = vec![WinRate { policy: "step-000050".into(), ..win_rate(0.62, [0.57, 0.67]) }];
+        run.win_rates = vec![WinRate { policy: "my".into(), ..win_rate(0.62, [0.57, 0.67]) }];
         let html = render(&run).expect("rendered");
-        for text in ["Win rate of step-000050 against base", "57.0 to 67.0 %", "Healthy: 55 to 65 %", "<b>good</b>"] {
+        for text in ["Win rate of my against base", "57.0 to 67.0 %", "Healthy: 55 to 65 %", "<b>good</b>"] {
             assert!(html.contains(text), "{text}");
         }
+        // a checkpoint's is shown, and says nothing of the run, in whatever folder it is
+        run.win_rates[0].policy = "step-000050".into();
+        let html = render(&run).expect("rendered");
+        assert!(html.contains("Win rate of step-000050 against base") && !html.contains("Better than the base."));
         run.win_rates[0].against = "other".into();
         assert!(!render(&run).expect("rendered").contains("Healthy: 55"), "that is usual over the base");
     }

@@ -204,7 +204,7 @@ impl WinRate {
     #[must_use]
     pub fn is_of_run(&self) -> bool {
         let of_checkpoint = self.folder.starts_with("step-") && self.folder.contains("-vs-");
-        !of_checkpoint && !self.policy.contains(" + ")
+        !of_checkpoint && !self.policy.starts_with("step-") && !self.policy.contains(" + ")
     }
 
     /// Whether it says how the policy is against the base.

@@ -214,6 +214,7 @@ fn base_and_policy_answer_as_they_do_without_a_server() {
     stops_and_several(&server);
     scores(&server);
     wrong_requests(&server);
+    #[cfg(target_os = "linux")]
     no_descriptors(&server);
 
     let log = server.logged();
@@ -347,6 +348,7 @@ fn wrong_requests(server: &Server) {
 }
 
 /// A connection that cannot be taken waits, and that is said once.
+#[cfg(target_os = "linux")]
 fn no_descriptors(server: &Server) {
     use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
     let limit = |new: Rlimit| prlimit(Some(Pid::from_child(&server.child)), Resource::Nofile, new).expect("set");

@@ -289,6 +289,7 @@ fn scripted_judgements_give_exact_numbers() {
     // refusals come without usage here
     let tokens = u64::try_from(calls).expect("few") - 3;
     assert_eq!(result["cost"]["prompt_tokens"], 100 * tokens);
+    assert_eq!(result["cost"]["without_usage"], 3);
     let dollars = result["cost"]["dollars"].as_f64().expect("a price");
     assert!((dollars - tokens as f64 * (100.0 + 20.0) / 1e6).abs() < 1e-12, "{dollars}");
 
@@ -466,6 +467,14 @@ fn a_limit_holds_where_an_endpoint_does_not_say_what_it_took() {
     // at most 2.048 $ a call: the small question and one more, and the third could exceed 5 $
     assert_code(&judge(&place, &server, "out", &["--price", "0,1000", "--max-cost", "5"]), 4);
     assert_eq!(server.calls().len(), 2);
+    // a success that is no answer was computed and is charged for too
+    many(&place, "empty", 4);
+    let server = Server::start(|call| match call.is_canary() {
+        true => verdict("A"),
+        false => Reply::Say(json!({"choices": []})),
+    });
+    assert_code(&judge(&place, &server, "empty", &["--price", "0,1000", "--max-cost", "5"]), 4);
+    assert_eq!(server.calls().len(), 1 + 2);
 }
 
 #[test]
@@ -835,19 +844,22 @@ fn a_run_is_compared_with_its_base_from_end_to_end() {
         win_rate(&["--judge", "readability", "--against", &server.url, "--against-model", model])
     };
     let silent = Server::start(|call| match (call.body["model"].as_str(), call.texts[0].as_str()) {
-        (Some("mute"), "Which is number 3?") if call.before == 0 => {
-            Reply::Say(json!({"choices": [{"message": {"content": null}, "finish_reason": "stop"}]}))
+        (Some("mute"), "Which is number 3?") if call.before < 2 => {
+            let said = if call.before == 0 { Value::Null } else { json!("<think>What?</think>\n") };
+            Reply::Say(json!({"choices": [{"message": {"content": said}, "finish_reason": "stop"}]}))
         }
         (Some("locked"), _) => Reply::Status(401, vec![], "{}".into()),
         (Some("gone"), _) => Reply::Status(503, vec![("retry-after-ms", "1")], "".into()),
         _ => say("Yes."),
     });
-    let output = against(&silent, "mute");
-    assert_code(&output, 1);
-    let text = unwrapped(&output);
-    assert!(text.contains("1 of 6 prompts have no answer of mute; the first: its answer has no text"), "{text}");
+    for _ in 0..2 {
+        let output = against(&silent, "mute");
+        assert_code(&output, 1);
+        let text = unwrapped(&output);
+        assert!(text.contains("1 of 6 prompts have no answer of mute; the first: its answer has no text"), "{text}");
+    }
     assert_code(&against(&silent, "mute"), 0);
-    assert_eq!(silent.calls().len(), 7, "the others are kept");
+    assert_eq!(silent.calls().len(), 8, "the others are kept");
     let output = against(&silent, "locked");
     assert_code(&output, 2);
     assert!(stderr(&output).contains("--against-key-env"), "{}", stderr(&output));
@@ -915,8 +927,8 @@ fn logs(place: &Place) -> Vec<std::path::PathBuf> {
 #[test]
 fn interrupted_while_answers_are_made_it_says_what_becomes_of_them() {
     let place = Place::new();
-    place.write("held-out.jsonl", super::pairs(40).replace("What is number", "Which is number"));
-    place.train("run", &[]);
+    place.write("held-out.jsonl", super::pairs(150).replace("What is number", "Which is number"));
+    place.train("run", &["--set", "train.steps=1", "--set", "train.warmup=0", "--set", "eval.samples=0"]);
     let arguments = ["win-rate", "run", "--judge", "readability", "--max-new-tokens", "40", "--batch", "1"];
     let mut command = place.command(&arguments);
     let child = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().expect("started");
@@ -936,5 +948,5 @@ fn interrupted_while_answers_are_made_it_says_what_becomes_of_them() {
     assert!(stderr(&output).contains("interrupted; what was answered is kept"), "{}", stderr(&output));
     let output = place.run(&arguments);
     assert_code(&output, 0);
-    assert!(!stderr(&output).contains("80 made now"), "{}", stderr(&output));
+    assert!(!stderr(&output).contains("300 made now"), "{}", stderr(&output));
 }

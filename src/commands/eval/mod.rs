@@ -172,18 +172,18 @@ fn check_names(arguments: &cli::Eval, data: Option<&Dataset>, loss: &Loss) -> Re
                 request(EvalError::UnknownName { option, name: name.clone(), help })
             })?;
             let missing = match needs {
-                report::Needs::Pairs | report::Needs::Both | report::Needs::Rewards | report::Needs::Orpo
-                    if data.is_none() =>
-                {
-                    "it needs held-out pairs: --data FILE"
-                }
-                report::Needs::Both if !data.is_some_and(has_pairs) => {
-                    "it needs pairs, and no held-out row has both answers: --data FILE"
-                }
-                report::Needs::Rewards if loss.beta().is_none() => {
+                report::Needs::Rows(..) if data.is_none() => "it needs held-out pairs: --data FILE",
+                report::Needs::Rows(_, report::Of::Rewards) if loss.beta().is_none() => {
                     "the run's loss has no rewards; accuracy and margin are those of DPO with its default beta"
                 }
-                report::Needs::Orpo if !matches!(loss, Loss::Orpo(_)) => "it is a part of ORPO's loss alone",
+                report::Needs::Rows(_, report::Of::Orpo) if !matches!(loss, Loss::Orpo(_)) => {
+                    "it is a part of ORPO's loss alone"
+                }
+                report::Needs::Rows(rows, _) if !data.is_some_and(|data| has(data, rows)) => match rows {
+                    report::Rows::Chosen => "no held-out row has a chosen answer: --data FILE",
+                    report::Rows::Rejected => "no held-out row has a rejected answer: --data FILE",
+                    _ => "it needs pairs, and no held-out row has both answers: --data FILE",
+                },
                 report::Needs::Answers if data.is_none() => {
                     "it needs held-out pairs, whose prompts are answered: --data FILE"
                 }
@@ -199,8 +199,17 @@ fn check_names(arguments: &cli::Eval, data: Option<&Dataset>, loss: &Loss) -> Re
     Ok(())
 }
 
-fn has_pairs(data: &Dataset) -> bool {
-    (0..data.len()).map(|index| data.get(index)).any(|row| row.chosen.is_some() && row.rejected.is_some())
+/// Whether there are such rows.
+fn has(data: &Dataset, rows: report::Rows) -> bool {
+    let mut all =
+        (0..data.len()).map(|index| data.get(index)).map(|row| (row.chosen.is_some(), row.rejected.is_some()));
+    match rows {
+        report::Rows::Any => all.next().is_some(),
+        report::Rows::Chosen => all.any(|(chosen, _)| chosen),
+        report::Rows::Rejected => all.any(|(_, rejected)| rejected),
+        report::Rows::Sides => has(data, report::Rows::Chosen) && has(data, report::Rows::Rejected),
+        report::Rows::Pairs => all.any(|(chosen, rejected)| chosen && rejected),
+    }
 }
 
 fn questions(

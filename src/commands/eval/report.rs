@@ -66,24 +66,41 @@ pub(super) struct Chosen {
 /// What a value can only be had with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Needs {
-    /// Held-out examples.
-    Pairs,
-    /// Both answers to a prompt.
-    Both,
-    /// Held-out examples, and a loss that has rewards.
-    Rewards,
-    /// Held-out examples, and ORPO's loss, whose terms they are.
-    Orpo,
+    /// Held-out rows, and a loss that says it of them.
+    Rows(Rows, Of),
     Answers,
     Choices,
 }
 
+/// Held-out rows that a value is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Rows {
+    Any,
+    Chosen,
+    Rejected,
+    /// Chosen and rejected answers, be it in different rows.
+    Sides,
+    /// Both answers to a prompt.
+    Pairs,
+}
+
+/// Losses that have a value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Of {
+    Any,
+    /// Those with rewards.
+    Rewards,
+    Orpo,
+}
+
+const PAIRS: Needs = Needs::Rows(Rows::Pairs, Of::Any);
+
 /// Names of values that may be held to a bound, besides the metrics'.
 const NAMES: [(&str, Needs); 12] = [
-    ("accuracy", Needs::Both),
-    ("margin", Needs::Both),
-    ("prefers-chosen", Needs::Both),
-    ("chosen-change", Needs::Both),
+    ("accuracy", PAIRS),
+    ("margin", PAIRS),
+    ("prefers-chosen", PAIRS),
+    ("chosen-change", PAIRS),
     ("kl", Needs::Answers),
     ("kl-per-token", Needs::Answers),
     ("length", Needs::Answers),
@@ -91,29 +108,29 @@ const NAMES: [(&str, Needs); 12] = [
     ("repeated", Needs::Answers),
     ("choices", Needs::Choices),
     ("choices-change", Needs::Choices),
-    ("loss", Needs::Pairs),
+    ("loss", Needs::Rows(Rows::Any, Of::Any)),
 ];
 
 /// Metrics of the policy that may be held to a bound, by their own name.
 const METRICS: [(&str, Needs); 18] = [
-    ("rewards/chosen", Needs::Rewards),
-    ("rewards/rejected", Needs::Rewards),
-    ("rewards/accuracies", Needs::Rewards),
-    ("rewards/margins", Needs::Rewards),
-    ("logps/chosen", Needs::Pairs),
-    ("logps/rejected", Needs::Pairs),
-    ("logps/accuracies", Needs::Both),
-    ("logits/chosen", Needs::Pairs),
-    ("logits/rejected", Needs::Pairs),
-    ("entropy", Needs::Pairs),
-    ("mean_token_accuracy", Needs::Pairs),
-    ("nll_loss", Needs::Orpo),
-    ("log_odds_ratio", Needs::Orpo),
-    ("log_odds_chosen", Needs::Orpo),
-    ("kl_to_reference", Needs::Pairs),
-    ("perplexity", Needs::Pairs),
-    ("perplexity/chosen", Needs::Both),
-    ("perplexity/rejected", Needs::Both),
+    ("rewards/chosen", Needs::Rows(Rows::Chosen, Of::Rewards)),
+    ("rewards/rejected", Needs::Rows(Rows::Rejected, Of::Rewards)),
+    ("rewards/accuracies", Needs::Rows(Rows::Pairs, Of::Rewards)),
+    ("rewards/margins", Needs::Rows(Rows::Sides, Of::Rewards)),
+    ("logps/chosen", Needs::Rows(Rows::Chosen, Of::Any)),
+    ("logps/rejected", Needs::Rows(Rows::Rejected, Of::Any)),
+    ("logps/accuracies", PAIRS),
+    ("logits/chosen", Needs::Rows(Rows::Chosen, Of::Any)),
+    ("logits/rejected", Needs::Rows(Rows::Rejected, Of::Any)),
+    ("entropy", Needs::Rows(Rows::Any, Of::Any)),
+    ("mean_token_accuracy", Needs::Rows(Rows::Chosen, Of::Any)),
+    ("nll_loss", Needs::Rows(Rows::Pairs, Of::Orpo)),
+    ("log_odds_ratio", Needs::Rows(Rows::Pairs, Of::Orpo)),
+    ("log_odds_chosen", Needs::Rows(Rows::Pairs, Of::Orpo)),
+    ("kl_to_reference", Needs::Rows(Rows::Any, Of::Any)),
+    ("perplexity", Needs::Rows(Rows::Chosen, Of::Any)),
+    ("perplexity/chosen", PAIRS),
+    ("perplexity/rejected", PAIRS),
 ];
 
 pub(super) fn names() -> impl Iterator<Item = &'static str> {
@@ -475,9 +492,12 @@ mod tests {
     fn every_name_says_what_it_needs() {
         assert_eq!(
             (needs("kl"), needs("choices"), needs("accuracy")),
-            (Some(Needs::Answers), Some(Needs::Choices), Some(Needs::Both))
+            (Some(Needs::Answers), Some(Needs::Choices), Some(PAIRS))
         );
-        assert_eq!((needs("rewards/margins"), needs("accurracy")), (Some(Needs::Rewards), None));
+        assert_eq!(
+            (needs("rewards/margins"), needs("accurracy")),
+            (Some(Needs::Rows(Rows::Sides, Of::Rewards)), None)
+        );
         assert!(names().all(|name| needs(name).is_some()));
     }
 

@@ -559,14 +559,15 @@ fn extra(decoding: &cli::Decoding) -> Map<String, Value> {
 fn answered(response: &Value, codec: &Codec) -> Option<Answered> {
     let was_cut = response.pointer("/choices/0/finish_reason").and_then(Value::as_str) == Some("length");
     let end = if was_cut { End::Length } else { End::Stop };
-    let text = Answer { response }.text().or(was_cut.then_some(""))?.to_owned();
+    let answer = Answer { response };
+    let text = answer.text().filter(|text| !text.trim().is_empty()).or(was_cut.then_some(""))?.to_owned();
     // not the endpoint's own count, which is another tokenizer's and has thoughts in it
     Some(Answered { tokens: tokens(codec, &text), text, ids: Vec::new(), end })
 }
 
 /// Tokens of an answer that others gave, as the policy's tokenizer counts them.
 fn tokens(codec: &Codec, text: &str) -> usize {
-    codec.ask(text, true).map_or(0, |asked| asked.ids.len())
+    codec.tokenize(text, false).map_or(0, |ids| ids.len())
 }
 
 /// Whether what is said of an endpoint to compare with is said of one.

@@ -240,10 +240,15 @@ pub(super) fn read(
     // the small question at the start was paid for too; other judges of the same folder have their own
     let small = judge.small_question().map_err(|problem| failed(AskError::Template(problem)))?.key;
     used.extend(entries.contains_key(&small).then_some(small));
-    for usage in used.iter().filter_map(|key| Usage::of(entries.get(key)?.get("response")?)) {
-        cost.prompt_tokens += usage.prompt;
-        cost.cached_tokens += usage.cached;
-        cost.completion_tokens += usage.completion;
+    for key in &used {
+        match entries.get(key).and_then(|entry| Usage::of(entry.get("response")?)) {
+            Some(usage) => {
+                cost.prompt_tokens += usage.prompt;
+                cost.cached_tokens += usage.cached;
+                cost.completion_tokens += usage.completion;
+            }
+            None => cost.without_usage += 1,
+        }
     }
     cost.calls = used.len();
     cost.dollars = judge.price.map(|price| price.of(cost.prompt_tokens, cost.cached_tokens, cost.completion_tokens));

@@ -189,12 +189,15 @@ fn folder(path: &Path) -> String {
     }
 }
 
-/// A name as part of a file's.
+/// A name as part of a file's. Of one that is cut, a hash says the rest.
 fn slug(name: &str) -> String {
     let plain: String =
         name.chars().map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '-' }).collect();
-    let plain = plain.trim_matches(['-', '.']);
-    if plain.is_empty() { "other".into() } else { plain.chars().take(80).collect() }
+    match plain.trim_matches(['-', '.']) {
+        "" => "other".into(),
+        plain if plain.len() > 80 => format!("{}-{}", &plain[..71], &blake3::hash(name.as_bytes()).to_hex()[..8]),
+        plain => plain.into(),
+    }
 }
 
 #[cfg(test)]
@@ -212,6 +215,8 @@ mod tests {
         ] {
             assert_eq!(slug(name), expected);
         }
+        let long = ["a", "b"].map(|end| slug(&("long-".repeat(40) + end)));
+        assert!(long.iter().all(|name| name.len() == 80) && long[0] != long[1], "{long:?}");
     }
 
     #[test]
