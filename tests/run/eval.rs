@@ -299,6 +299,28 @@ fn an_sft_run_and_a_kto_run_are_evaluated_too() {
             assert_eq!(output.status.code(), Some(if measured { 0 } else { 2 }), "{loss} {bound}");
             assert!(measured || stderr(&output).contains("loss"), "{}", stderr(&output));
         }
+        if loss != "kto" {
+            continue;
+        }
+        // rows with a label, all of them good: there is nothing to compare with
+        let good: String = super::pairs(3).lines().fold(String::new(), |rows, line| {
+            let row: Value = serde_json::from_str(line).expect("JSON");
+            rows + &format!("{}\n", json!({"prompt": row["prompt"], "completion": row["chosen"], "label": true}))
+        });
+        place.write("good.jsonl", good);
+        for (name, missing) in [
+            ("rewards/chosen", None),
+            ("perplexity", None),
+            ("rewards/rejected", Some("no held-out row has a rejected answer")),
+            ("rewards/margins", Some("no held-out row has both answers")),
+            ("logps/accuracies", Some("no held-out row has both answers")),
+        ] {
+            let bound = format!("{name}=-1000");
+            let output =
+                place.run(&["eval", "out", "--data", "good.jsonl", "--kl-prompts", "0", "--fail-under", &bound]);
+            assert_eq!(output.status.code(), Some(if missing.is_none() { 0 } else { 2 }), "{}", stderr(&output));
+            assert!(missing.is_none_or(|missing| stderr(&output).contains(missing)), "{}", stderr(&output));
+        }
     }
 }
 
