@@ -39,10 +39,21 @@ impl Segment {
 
 /// The segments of a batch, in groups: segments of one group may share key/value rows, those of different groups
 /// never do.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default)]
 pub struct Segments {
     groups: Vec<Vec<Segment>>,
+    /// What a GPU knows of them, made once for all layers and clones.
+    #[cfg(feature = "cuda")]
+    pub(super) layouts: super::cuda::attention::Layouts,
 }
+
+impl PartialEq for Segments {
+    fn eq(&self, other: &Self) -> bool {
+        self.groups == other.groups
+    }
+}
+
+impl Eq for Segments {}
 
 impl Segments {
     /// Segments by group.
@@ -58,7 +69,11 @@ impl Segments {
             ranges.sort_by_key(|range| range.start);
             assert!(ranges.windows(2).all(|two| two[0].end <= two[1].start), "two segments have a row in common");
         }
-        Self { groups }
+        Self {
+            groups,
+            #[cfg(feature = "cuda")]
+            layouts: Default::default(),
+        }
     }
 
     /// The groups, in row order.

@@ -45,6 +45,10 @@ pub fn scatter_add(onto: &Tensor, rows: &[u32], x: &Tensor) -> Result<Tensor> {
             tensor(sum, shape)
         });
     }
+    #[cfg(feature = "cuda")]
+    if super::cuda::has_kernel(x) && d > 0 && !rows.is_empty() && x.dtype() == onto.dtype() {
+        return super::cuda::rows::scatter_add(onto, rows, x);
+    }
     onto.index_add(&Tensor::new(rows, x.device())?, x, 0)
 }
 

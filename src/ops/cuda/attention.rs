@@ -5,6 +5,7 @@
 //! scores of all heads would take too much memory, some key/value heads are done at a time.
 
 use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 
@@ -29,12 +30,30 @@ struct Block {
 /// How the scores of a batch lie in memory.
 #[derive(Debug)]
 struct Layout {
+    window: Option<usize>,
     blocks: Vec<Block>,
     /// Elements of one head's scores.
     plane: usize,
     /// `Row` of `attention.cu`, eight numbers each.
     rows: Tensor,
     count: usize,
+}
+
+/// Those of one batch: it goes through many layers, and those of one window see the same.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Layouts(Arc<Mutex<Vec<Arc<Layout>>>>);
+
+impl Layouts {
+    fn get(segments: &Segments, window: Option<usize>, device: &Device) -> Result<Arc<Layout>> {
+        let mut known = segments.layouts.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let same = |known: &&Arc<Layout>| known.window == window && known.rows.device().same_device(device);
+        if let Some(layout) = known.iter().find(same) {
+            return Ok(layout.clone());
+        }
+        let layout = Arc::new(Layout::of(segments, window, device)?);
+        known.push(layout.clone());
+        Ok(layout)
+    }
 }
 
 /// Whether each group's rows follow each other, as a packed batch has them.
@@ -86,7 +105,7 @@ impl Layout {
             plane += queries.len() * stride;
         }
         let count = rows.len() / 8;
-        Ok(Self { blocks, plane, count, rows: Tensor::from_vec(rows, (count, 8), device)? })
+        Ok(Self { window, blocks, plane, count, rows: Tensor::from_vec(rows, (count, 8), device)? })
     }
 }
 
@@ -186,7 +205,7 @@ impl<'l> Wave<'l> {
 
 pub(crate) fn forward(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, segments: &Segments) -> Result<Saved> {
     let (dtype, device) = (q.dtype(), q.device());
-    let layout = Layout::of(segments, heads.window, device)?;
+    let layout = Layouts::get(segments, heads.window, device)?;
     let output = Tensor::zeros(q.shape(), dtype, device)?;
     let log_sum_exp = Tensor::zeros((dims2(q)?.0, heads.queries), DType::F32, device)?;
     let of = |x, count| Matrix::of(x, count, heads.dimension);
@@ -225,7 +244,7 @@ pub(crate) fn backward(
     segments: &Segments,
 ) -> Result<(Tensor, Tensor, Tensor)> {
     let (dtype, device) = (q.dtype(), q.device());
-    let layout = Layout::of(segments, heads.window, device)?;
+    let layout = Layouts::get(segments, heads.window, device)?;
     let (rows, width) = dims2(q)?;
     if d_output.dims() != [rows, width] || saved.output.dims() != [rows, width] {
         bail!("attention: queries of {:?} and a gradient of {:?}", q.shape(), d_output.shape())

@@ -35,7 +35,7 @@ macro_rules! modules {
 /// The files beside this one, compiled by `build.rs`.
 pub(super) mod modules {
     use super::Module;
-    modules!(adamw, attention, completion_logps, dequantize, few, glu, low_rank, norm, rope);
+    modules!(adamw, attention, completion_logps, dequantize, few, glu, low_rank, norm, rope, rows);
 }
 
 /// A kernel's argument.

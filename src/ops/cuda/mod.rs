@@ -12,6 +12,7 @@ pub(crate) mod glu;
 pub(crate) mod linear;
 pub(crate) mod norm;
 pub(crate) mod rope;
+pub(crate) mod rows;
 pub mod weight;
 
 use candle_core::{DType, Result, Tensor};
