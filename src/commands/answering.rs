@@ -50,9 +50,8 @@ impl Answering<'_> {
         console: &Console,
         mut each: impl FnMut(usize, &Answered) -> Result<(), Failure>,
     ) -> Result<Vec<Answered>, Failure> {
-        let longest = self.model.decoder().config().max_position_embeddings;
-        if let Some(prompt) = prompts.iter().find(|prompt| prompt.ids.len() >= longest) {
-            return Err(request(TooLong { tokens: prompt.ids.len(), longest, text: one_line(&prompt.text, 60) }));
+        if let Some(prompt) = prompts.iter().find(|prompt| prompt.ids.len() >= self.longest()) {
+            return Err(self.too_long(prompt));
         }
         let positions =
             prompts.iter().map(|prompt| prompt.ids.len()).max().unwrap_or(0) + self.decoding.max_new_tokens();
@@ -109,9 +108,8 @@ impl Answering<'_> {
     ) -> Result<Answered, Failure> {
         let positions = prompt.ids.len() + self.decoding.max_new_tokens();
         let mut generator = Generator::new(self.model, side, 1, positions).map_err(candle)?;
-        let longest = self.model.decoder().config().max_position_embeddings;
         if generator.add(self.request(prompt, 0)).is_none() {
-            return Err(request(TooLong { tokens: prompt.ids.len(), longest, text: one_line(&prompt.text, 60) }));
+            return Err(self.too_long(prompt));
         }
         let mut answer = Answer::new(self.codec, &self.decoding.stop);
         let (mut end, mut shown) = (None, Ok(()));
@@ -125,6 +123,16 @@ impl Answering<'_> {
         }
         shown.map_err(|e| Failure::Failed(miette::miette!("cannot write the answer: {e}")))?;
         Ok(Answered::of(&answer, end.unwrap_or(End::Length)))
+    }
+
+    /// Tokens of a prompt and its answer together.
+    fn longest(&self) -> usize {
+        self.model.decoder().config().max_position_embeddings
+    }
+
+    fn too_long(&self, prompt: &Prompt) -> Failure {
+        let (tokens, longest) = (prompt.ids.len(), self.longest());
+        request(TooLong { tokens, longest, text: one_line(&prompt.text, 60) })
     }
 
     fn request(&self, prompt: &Prompt, sample: u64) -> Request {

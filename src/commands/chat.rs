@@ -2,10 +2,10 @@
 
 use std::io::{self, BufRead, IsTerminal, Write};
 
-use super::Failure;
 use super::answering::{self, Answering};
 use super::generate::name;
 use super::trained::Trained;
+use super::{Failure, of_stdout};
 use crate::cli;
 use crate::model::Adapter;
 use crate::progress::Console;
@@ -27,12 +27,11 @@ pub fn chat(arguments: &cli::Chat) -> Result<(), Failure> {
     let (mut turns, mut sides) = (system.clone(), vec![Adapter::On]);
     let mut input = io::stdin().lock();
     let shows_prompt = io::stdin().is_terminal();
-    let stdout = |e: io::Error| Failure::Failed(miette::miette!("cannot write to stdout: {e}"));
     loop {
         let mut out = io::stdout().lock();
         if shows_prompt {
             let who: Vec<&str> = sides.iter().map(|side| name(*side)).collect();
-            write!(out, "\n{}> ", who.join("+")).and_then(|()| out.flush()).map_err(stdout)?;
+            write!(out, "\n{}> ", who.join("+")).and_then(|()| out.flush()).map_err(of_stdout)?;
         }
         let mut line = String::new();
         let read = input.read_line(&mut line).map_err(|e| Failure::Failed(miette::miette!("cannot read: {e}")))?;
@@ -77,7 +76,7 @@ pub fn chat(arguments: &cli::Chat) -> Result<(), Failure> {
         let mut answer = String::new();
         for &side in &sides {
             if sides.len() > 1 {
-                writeln!(out, "{}:", name(side)).map_err(stdout)?;
+                writeln!(out, "{}:", name(side)).map_err(of_stdout)?;
             }
             let answered =
                 answering.one(&prompt, side, |text| out.write_all(text.as_bytes()).and_then(|()| out.flush()));
@@ -90,7 +89,7 @@ pub fn chat(arguments: &cli::Chat) -> Result<(), Failure> {
                 }
                 Err(other) => return Err(other),
             }
-            writeln!(out).map_err(stdout)?;
+            writeln!(out).map_err(of_stdout)?;
         }
         // of two answers the conversation goes on with the last, the policy's
         if turns.last().is_some_and(|(role, _)| role == "user") {

@@ -8,7 +8,7 @@ use thiserror::Error;
 
 use super::answering::{self, Answered, Answering};
 use super::trained::Trained;
-use super::{Failure, request};
+use super::{Failure, of_stdout, request};
 use crate::cli::{self, Side};
 use crate::data::{Codec, Columns, Prompt, Sources, load_prompts};
 use crate::model::Adapter;
@@ -42,10 +42,10 @@ pub fn generate(arguments: &cli::Generate) -> Result<(), Failure> {
     if let ([prompt], false) = (&prompts[..], arguments.json) {
         for &side in sides {
             if sides.len() > 1 {
-                writeln!(out, "{}", name(side)).map_err(lost)?;
+                writeln!(out, "{}", name(side)).map_err(of_stdout)?;
             }
             answering.one(prompt, side, |text| out.write_all(text.as_bytes()).and_then(|()| out.flush()))?;
-            writeln!(out).map_err(lost)?;
+            writeln!(out).map_err(of_stdout)?;
         }
         return Ok(());
     }
@@ -104,21 +104,17 @@ fn write<'a>(
         row.extend(prompt.id.as_ref().map(|id| ("id".to_owned(), json!(id))));
         row.insert("prompt".into(), json!(prompt.text));
         row.extend(answers.map(|(side, answered)| (name(*side).to_owned(), json!(answered))));
-        return writeln!(out, "{}", Value::Object(row)).map_err(lost);
+        return writeln!(out, "{}", Value::Object(row)).map_err(of_stdout);
     }
-    writeln!(out, "prompt   {}", prompt.text).map_err(lost)?;
+    writeln!(out, "prompt   {}", prompt.text).map_err(of_stdout)?;
     for (side, answered) in answers {
-        writeln!(out, "{:<9}{}", name(*side), answered.text).map_err(lost)?;
+        writeln!(out, "{:<9}{}", name(*side), answered.text).map_err(of_stdout)?;
     }
-    writeln!(out).map_err(lost)
+    writeln!(out).map_err(of_stdout)
 }
 
 pub(super) fn name(side: Adapter) -> &'static str {
     if side == Adapter::Off { "base" } else { "policy" }
-}
-
-fn lost(error: io::Error) -> Failure {
-    Failure::Failed(miette::miette!("cannot write to stdout: {error}"))
 }
 
 impl Side {

@@ -55,8 +55,12 @@ impl Failure {
 /// Writes a result to stdout.
 fn print_json(value: &serde_json::Value) -> Result<(), Failure> {
     use std::io::Write;
-    let written = writeln!(std::io::stdout(), "{value:#}");
-    written.map_err(|e| Failure::Failed(miette::miette!("cannot write to stdout: {e}")))
+    writeln!(std::io::stdout(), "{value:#}").map_err(of_stdout)
+}
+
+/// Of a result that could not be written to stdout.
+fn of_stdout(error: std::io::Error) -> Failure {
+    Failure::Failed(miette::miette!("cannot write to stdout: {error}"))
 }
 
 /// For errors that say that the request was wrong.

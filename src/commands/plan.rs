@@ -9,7 +9,7 @@ use miette::miette;
 use serde_json::{Map, Value, json};
 
 use super::prepare::{Forecast, Setup};
-use super::{Failure, request};
+use super::{Failure, of_stdout, request};
 use crate::bytes;
 use crate::cli;
 use crate::device::Chosen;
@@ -52,7 +52,7 @@ pub fn plan(arguments: &cli::Plan) -> Result<(), Failure> {
     let report = Report::new(&setup, &resolved, rate);
     let text = if arguments.json { format!("{:#}\n", report.json()) } else { report.text() };
     let written = std::io::stdout().write_all(text.as_bytes());
-    written.map_err(|e| Failure::Failed(miette!("cannot write to stdout: {e}")))?;
+    written.map_err(of_stdout)?;
     if resolved.memory.fits() { Ok(()) } else { Err(Failure::Gate) }
 }
 

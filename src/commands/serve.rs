@@ -10,7 +10,7 @@ use miette::Diagnostic;
 use thiserror::Error;
 
 use super::trained::Trained;
-use super::{Failure, answering, failed, request};
+use super::{Failure, answering, failed, of_stdout, request};
 use crate::cli;
 use crate::device;
 use crate::interrupt::Interrupt;
@@ -80,7 +80,7 @@ pub fn serve(arguments: &cli::Serve) -> Result<(), Failure> {
     interrupt.save_first();
     let mut out = io::stdout();
     let written = writeln!(out, "http://{address}").and_then(|()| out.flush());
-    written.map_err(|e| Failure::Failed(miette::miette!("cannot write to stdout: {e}")))?;
+    written.map_err(of_stdout)?;
     serve::serve(&model, Arc::new(codec), Arc::new(console), listener, settings, interrupt).map_err(failed)
 }
 

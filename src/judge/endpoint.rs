@@ -1,7 +1,6 @@
 //! An endpoint that speaks OpenAI's chat completions: one call, and what its answer means.
 
 use std::fmt;
-use std::net::IpAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -11,6 +10,7 @@ use ureq::{Agent, http};
 use super::config::{Calls, JudgeError};
 use super::prompt::Message;
 use super::verdict::Form;
+use crate::machine::is_this_machine;
 use crate::progress::one_line;
 
 /// The most that an answer may have.
@@ -162,7 +162,8 @@ impl Endpoint {
     /// Whether a key would go over the network for all to read.
     #[must_use]
     pub fn sends_key_openly(&self) -> bool {
-        self.key.is_some() && self.url.strip_prefix("http://").is_some_and(|rest| !is_local(rest))
+        let host = self.url.strip_prefix("http://").and_then(|rest| rest.split('/').next());
+        self.key.is_some() && host.is_some_and(|host| !is_this_machine(host))
     }
 
     /// What was left out or changed, since the endpoint does not take it.
@@ -198,20 +199,14 @@ impl Endpoint {
         if let Some(Key(key)) = &self.key {
             request = request.header("authorization", format!("Bearer {key}"));
         }
-        let later = |problem: String| Trouble::Later { problem, wait: None, limited: false, charged: None };
-        let charged = |problem: String, sent: Value| Trouble::Later {
-            problem,
-            wait: None,
-            limited: false,
-            charged: Some(sent),
-        };
+        let later = |problem, charged| Trouble::Later { problem, wait: None, limited: false, charged };
         let response = request.send(body.as_str()).map_err(|error| match error {
             ureq::Error::BadUri(_) | ureq::Error::Http(_) => Trouble::Fatal {
                 problem: "the address of the endpoint is none".into(),
                 help: "it is something like http://localhost:8000/v1".into(),
             },
-            ureq::Error::Timeout(_) => later("there is no answer in time".into()),
-            other => later(self.told(&other.to_string())),
+            ureq::Error::Timeout(_) => later("there is no answer in time".into(), None),
+            other => later(self.told(&other.to_string()), None),
         })?;
         let (parts, body) = response.into_parts();
         let text = body.into_with_config().limit(MAX_ANSWER).read_to_string();
@@ -219,7 +214,7 @@ impl Endpoint {
         let text = match text {
             Err(error) if parts.status.is_success() => {
                 let problem = format!("the answer breaks off: {}", self.told(&error.to_string()));
-                return Err(charged(problem, Value::Null));
+                return Err(later(problem, Some(Value::Null)));
             }
             text => text.unwrap_or_default(),
         };
@@ -235,7 +230,7 @@ impl Endpoint {
             Some(response) if is_answer(&response) => Ok(Reply { response, hold: hold(&parts.headers) }),
             other => {
                 let problem = format!("the answer is no chat completion: {}", self.told(&text));
-                Err(charged(problem, other.unwrap_or_default()))
+                Err(later(problem, Some(other.unwrap_or_default())))
             }
         }
     }
@@ -344,17 +339,6 @@ impl Endpoint {
         let text = self.key.as_ref().map_or_else(|| text.to_owned(), |key| key.scrubbed(text));
         one_line(&text, 300)
     }
-}
-
-/// Whether an address, from its host on, is one of this machine.
-fn is_local(rest: &str) -> bool {
-    let authority = rest.split('/').next().unwrap_or_default();
-    let host = match authority.strip_prefix('[') {
-        Some(address) => address.split(']').next(),
-        None => authority.split(':').next(),
-    };
-    let host = host.unwrap_or_default();
-    host == "localhost" || host.parse().is_ok_and(|address: IpAddr| address.is_loopback())
 }
 
 fn body(chat: &Chat<'_>, adapted: Adapted) -> Value {

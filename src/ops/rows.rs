@@ -46,7 +46,7 @@ pub fn scatter_add(onto: &Tensor, rows: &[u32], x: &Tensor) -> Result<Tensor> {
         });
     }
     #[cfg(feature = "cuda")]
-    if super::cuda::has_kernel(x) && d > 0 && !rows.is_empty() && x.dtype() == onto.dtype() {
+    if super::on_gpu(x) && d > 0 && !rows.is_empty() && x.dtype() == onto.dtype() {
         return super::cuda::rows::scatter_add(onto, rows, x);
     }
     onto.index_add(&Tensor::new(rows, x.device())?, x, 0)

@@ -28,6 +28,7 @@ use super::reply::{Choice, Entry, Head, Kind, Stream, Used, json};
 use super::request::{self, Chat, Common, Completions, MOST_ANSWERS, MOST_PROMPTS, Text, Tokenize};
 use super::{Settings, any_seed};
 use crate::data::{Answer, Codec, DataError};
+use crate::machine::is_this_machine;
 use crate::model::Adapter;
 use crate::model::generate::{End, Request as Continuation};
 use crate::progress::Console;
@@ -116,17 +117,6 @@ fn admitted(app: &App, uri: &Uri, headers: &HeaderMap) -> Result<(), ApiError> {
         Some(_) => Err(ApiError::wrong_key()),
         None => Err(ApiError::no_key()),
     }
-}
-
-/// `localhost`, `127.0.0.1`, `[::1]`, with or without a port.
-fn is_this_machine(host: &str) -> bool {
-    let name = match host.rsplit_once(':') {
-        Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) => name,
-        _ => host,
-    };
-    let address = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
-    name.eq_ignore_ascii_case("localhost")
-        || address.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
 async fn health(State(app): State<Arc<App>>) -> Response {

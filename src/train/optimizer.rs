@@ -121,7 +121,7 @@ impl AdamW {
         order.extend(others);
         let flat = |of: &dyn Fn(usize) -> Tensor| {
             let ordered: Vec<Tensor> = order.iter().map(|&i| of(i)).collect();
-            cuda::flat(&ordered.iter().collect::<Vec<_>>())
+            cuda::flat(&ordered)
         };
         // where each tensor begins
         let mut starts = vec![0; tensors.len()];
@@ -192,7 +192,7 @@ pub fn clip(gradients: &mut [Tensor], max_norm: f64) -> Result<f64> {
 pub fn norm(gradients: &[Tensor]) -> Result<f64> {
     #[cfg(feature = "cuda")]
     if !gradients.is_empty() && gradients.iter().all(|gradient| gradient.device().is_cuda()) {
-        return Ok(cuda::square_sum(&cuda::flat(&gradients.iter().collect::<Vec<_>>())?)?.sqrt());
+        return Ok(cuda::square_sum(&cuda::flat(gradients)?)?.sqrt());
     }
     let mut sum = 0.0;
     for gradient in gradients {

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use super::{Place, pairs, quickstart, stderr};
+use super::{Place, pairs, quickstart, stderr, unwrapped};
 
 /// Runs the recipe, which has to be refused without a trace, and gives the message on one line.
 fn refused(place: &Place, more: &[&str]) -> String {
@@ -12,8 +12,7 @@ fn refused(place: &Place, more: &[&str]) -> String {
     assert!(output.stdout.is_empty());
     assert!(!text.contains("panicked"), "{text}");
     assert!(!place.path("out").exists(), "{text}");
-    // the message is wrapped to the width of the terminal, between lines that frame it
-    text.split_whitespace().filter(|word| *word != "│").collect::<Vec<_>>().join(" ")
+    unwrapped(&output)
 }
 
 fn says(text: &str, parts: &[&str]) {

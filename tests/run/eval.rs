@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
-use super::{Place, pairs, stderr};
+use super::{Place, pairs, stderr, unwrapped};
 
 fn number(value: &Value) -> f64 {
     value.as_f64().unwrap_or_else(|| panic!("{value} is no number"))
@@ -233,7 +233,7 @@ fn questions_that_cannot_be_scored_are_named_by_file_and_line() {
         place.write("questions.jsonl", format!("{good}\n{bad}\n"));
         let output = place.run(&["eval", "out", "--choices", "questions.jsonl"]);
         assert_eq!(output.status.code(), Some(2), "{bad}");
-        let message = stderr(&output).split_whitespace().collect::<Vec<_>>().join(" ").replace("│ ", "");
+        let message = unwrapped(&output);
         assert!(message.contains("questions.jsonl line 2") && message.contains(says), "{bad}: {message}");
     }
     for (name, contents, says) in [("empty.jsonl", "", "has no rows"), ("questions.txt", good, "no known extension")]

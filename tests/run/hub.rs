@@ -16,7 +16,7 @@ use dpo_lora::progress::Console;
 use dpo_lora::quant::Quant;
 use serde_json::json;
 
-use super::{Place, pairs, quickstart, stderr};
+use super::{Place, pairs, quickstart, stderr, unwrapped};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 const TOKEN: &str = "hf_ThisIsASecretThatNobodyMaySee";
@@ -230,7 +230,7 @@ fn good(output: &Output) -> String {
 fn bad(output: &Output, code: i32) -> String {
     let text = stderr(output);
     assert_eq!(output.status.code(), Some(code), "{text}");
-    text.split_whitespace().filter(|word| *word != "│").collect::<Vec<_>>().join(" ")
+    unwrapped(output)
 }
 
 fn says(text: &str, parts: &[&str]) {

@@ -92,6 +92,11 @@ pub(crate) fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
+/// The same without the lines that a message is broken into, and what frames them.
+pub(crate) fn unwrapped(output: &Output) -> String {
+    stderr(output).split_whitespace().filter(|word| *word != "│").collect::<Vec<_>>().join(" ")
+}
+
 /// A value of a quickstart row, for data files made on the spot.
 pub(crate) fn pairs(count: usize) -> String {
     let row = |i: usize| {

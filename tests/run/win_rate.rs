@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use dpo_lora::statistics::{Bootstrap, Clusters, sign_test};
 use serde_json::{Value, json};
 
-use super::{Place, stderr};
+use super::{Place, stderr, unwrapped};
 
 const KEY: &str = "sk-ThisIsASecretThatNobodyMaySee";
 
@@ -912,11 +912,6 @@ fn a_run_is_compared_with_its_base_from_end_to_end() {
         is_taken
     };
     assert_eq!(takes_the_other_first("run", "leaky"), takes_the_other_first("leaky", "run"));
-}
-
-/// What was said, as if lines had no end.
-fn unwrapped(output: &Output) -> String {
-    stderr(output).split_whitespace().filter(|word| *word != "│").collect::<Vec<_>>().join(" ")
 }
 
 /// The files with answers in the user's cache.

@@ -11,7 +11,7 @@ use thiserror::Error;
 use self::report::{Chosen, Data, Report, Sampling};
 use super::answering::{self, Answering};
 use super::trained::{Trained, candle, described};
-use super::{Failure, failed, print_json, request};
+use super::{Failure, failed, of_stdout, print_json, request};
 use crate::cli::{self, Bound};
 use crate::data::{ChoiceForm, Codec, Dataset, Prompt, Question, load_choices};
 use crate::eval::{Answers, BATCH_ROWS, ChoiceResult, Distance, Pairs, Sampled, score_choices};
@@ -122,7 +122,7 @@ fn finish(arguments: &cli::Eval, trained: &Trained, report: &Report, console: &C
     } else {
         use std::io::Write;
         let written = std::io::stdout().write_all(report.text().as_bytes());
-        written.map_err(|e| Failure::Failed(miette::miette!("cannot write to stdout: {e}")))?;
+        written.map_err(of_stdout)?;
     }
     let mut met = true;
     for (option, bounds, sign) in

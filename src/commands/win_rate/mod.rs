@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use self::answers::Request;
 use self::judging::Judging;
 use self::place::{Answers, Place};
-use super::{Failure, failed, print_json, request};
+use super::{Failure, failed, of_stdout, print_json, request};
 use crate::cli::{self, Stage};
 use crate::interrupt::Interrupt;
 use crate::judge::config::JudgeError;
@@ -181,8 +181,7 @@ fn report(arguments: &cli::WinRate, named: Option<Judge>, place: &Place, console
         }
         print_json(&value)?;
     } else {
-        writeln!(std::io::stdout(), "{}", report.headline)
-            .map_err(|e| Failure::Failed(miette!("cannot write to stdout: {e}")))?;
+        writeln!(std::io::stdout(), "{}", report.headline).map_err(of_stdout)?;
     }
     if report.unresolved_share() > settings.max_unresolved {
         return Err(Failure::Failed(miette!(

@@ -66,6 +66,6 @@ pub(crate) fn square_sum(x: &Tensor) -> Result<f64> {
 }
 
 /// Tensors one after the other in one buffer, in the order given.
-pub(crate) fn flat(tensors: &[&Tensor]) -> Result<Tensor> {
-    Tensor::cat(&tensors.iter().map(|tensor| tensor.flatten_all()).collect::<Result<Vec<_>>>()?, 0)
+pub(crate) fn flat(tensors: &[Tensor]) -> Result<Tensor> {
+    Tensor::cat(&tensors.iter().map(Tensor::flatten_all).collect::<Result<Vec<_>>>()?, 0)
 }

@@ -23,6 +23,13 @@ fn checked(x: &Tensor, weight: &Tensor) -> Result<(usize, usize)> {
     Ok((rows, width))
 }
 
+fn scales(rho: &Tensor, rows: usize) -> Result<Tensor> {
+    if rho.dims() != [rows] {
+        bail!("norm: {rows} rows and scales of {:?}", rho.shape())
+    }
+    as_dtype(rho, DType::F32)
+}
+
 pub(crate) fn forward(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<(Tensor, Tensor)> {
     let (rows, width) = checked(x, weight)?;
     let weight = as_dtype(weight, DType::F32)?;
@@ -42,10 +49,7 @@ pub(crate) fn forward(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<(Tens
 
 pub(crate) fn again(x: &Tensor, weight: &Tensor, rho: &Tensor) -> Result<Tensor> {
     let (rows, width) = checked(x, weight)?;
-    let (weight, rho) = (as_dtype(weight, DType::F32)?, as_dtype(rho, DType::F32)?);
-    if rho.dims() != [rows] {
-        bail!("norm: {rows} rows and scales of {:?}", rho.shape())
-    }
+    let (weight, rho) = (as_dtype(weight, DType::F32)?, scales(rho, rows)?);
     let y = empty((rows, width), x.dtype(), x.device())?;
     Launch::of(modules::norm, "norm_again", x)?
         .tensor(x)?
@@ -66,14 +70,11 @@ pub(crate) fn backward(
     onto: Option<&Tensor>,
 ) -> Result<Tensor> {
     let (rows, width) = checked(x, weight)?;
-    let (weight, rho) = (as_dtype(weight, DType::F32)?, as_dtype(rho, DType::F32)?);
+    let (weight, rho) = (as_dtype(weight, DType::F32)?, scales(rho, rows)?);
     for other in std::iter::once(dy).chain(onto) {
         if other.dims() != [rows, width] || other.dtype() != x.dtype() {
             bail!("norm: [{rows}, {width}] and a gradient of {:?}", other.shape())
         }
-    }
-    if rho.dims() != [rows] {
-        bail!("norm: {rows} rows and scales of {:?}", rho.shape())
     }
     let dx = empty((rows, width), x.dtype(), x.device())?;
     Launch::of(modules::norm, "norm_backward", x)?
